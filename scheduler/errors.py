@@ -1,0 +1,69 @@
+"""The errors that running a plan can raise, each distinguishing misuse, a world gone wrong, or a bug of ours.
+
+Relies on nothing. Never put here: anything that formats arrays or knows of expressions.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "LockError",
+    "MemoryBudgetError",
+    "PoolClosed",
+    "SchedulerError",
+    "SharedMemoryError",
+    "TaskError",
+    "TornChunkError",
+    "WorkerDied",
+    "WorkerStartError",
+]
+
+
+class SchedulerError(RuntimeError):
+    """What every error of this package is, unless NumPy or the user's function has a type for it."""
+
+
+class MemoryBudgetError(SchedulerError, MemoryError):
+    """A plan cannot fit the memory budget; nothing of it has run."""
+
+
+class SharedMemoryError(SchedulerError, MemoryError):
+    """The arena has no room left, or the system refuses shared memory."""
+
+
+class PoolClosed(SchedulerError):
+    """The pool was closed; what lived only in its arena is gone."""
+
+
+class WorkerStartError(SchedulerError):
+    """Workers fail to start; the message holds what they wrote to stderr."""
+
+
+class WorkerDied(SchedulerError):
+    """One task took several workers down with it, and is refused from now on."""
+
+
+class TaskError(SchedulerError):
+    """A task raised something that cannot travel between processes; the message says what."""
+
+
+class LockError(SchedulerError):
+    """A lock was asked for in a way that could only deadlock."""
+
+
+class TornChunkError(SchedulerError):
+    """A worker died in the middle of an update in place: part of a chunk is old, part new.
+
+    ``tasks`` are the indices, in the layer ``layer`` of the plan, that may be half done; ``finished`` those that are done.
+    """
+
+    def __init__(self, message: str, *, layer: int = -1, tasks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.layer = layer
+        self.tasks = tasks
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_torn, (str(self), self.layer, self.tasks)
+
+
+def _rebuild_torn(message: str, layer: int, tasks: tuple[int, ...]) -> TornChunkError:
+    return TornChunkError(message, layer=layer, tasks=tasks)

@@ -1,0 +1,712 @@
+"""The driver's side of the worker processes.
+
+Promises: a plan that was submitted ends, in a result or an error, whatever its workers do: die, stop, or never start; what it
+holds (temporaries, locks, its share of the budget) is let go exactly when nobody can run a task of it any more.
+Relies on `scheduler.state` for every choice, `scheduler.worker` for the other side, and Linux: epoll, pidfd, eventfd, memfd.
+Never put here: choices about tasks, anything that blocks on a worker, user code (the thread below must never run any).
+
+    any thread                     the loop: one daemon thread                     worker process (one per slot)
+    +------------+   inbox,       +---------------------------+   SEQPACKET       +------------------+
+    | submit     | -- eventfd --> | State; epoll over sockets, | <-- socketpair --> | runs ranges      |
+    | wait       | <-- Event ---- | pidfds, eventfd; timers    | -- life socket --> | dies with driver |
+    +------------+                +---------------------------+                   +------------------+
+                                        | SimpleQueue
+                                        v
+                                  helper thread: layers whose place is the driver
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import mmap
+import os
+import pickle
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import scheduler
+from scheduler.errors import PoolClosed, SchedulerError, WorkerStartError
+from scheduler.running import (
+    GIVE_UP_AFTER_S,
+    Lane,
+    RemoteError,
+    Running,
+    raise_failure,
+    set_inline,
+)
+from scheduler.segments import Memory
+from scheduler.state import (
+    DRIVER_LANE,
+    BufferDone,
+    CancelRequested,
+    Command,
+    Event,
+    OpenLayer,
+    PlanFailed,
+    PlanFinished,
+    RangeFailed,
+    RangeFinished,
+    RangeStopped,
+    SendRange,
+    StartWorker,
+    State,
+    StopPlan,
+    Submitted,
+    WorkerJoined,
+    WorkerLost,
+    WorkerNotStarted,
+)
+from scheduler.task import Report
+from scheduler.worker import (
+    NOT_BEGUN,
+    PACKET_NBYTES,
+    WORDS_PER_SLOT,
+    KernelCache,
+    cancel_word,
+    control_nbytes,
+    packets,
+    tie,
+)
+
+__all__ = ["Ticket", "WorkerPool", "can_start_workers", "describe_exit"]
+
+MOST_START_FAILURES = 3  # in a row
+KILL_AFTER_S = 0.3  # a worker still busy with a cancelled plan
+CLOSE_S = 0.5
+TAIL_NBYTES = 4000  # of a worker's stderr, in an error
+
+
+def can_start_workers() -> bool:
+    """Return whether this system has what worker processes need."""
+    needed = ((os, "memfd_create"), (os, "pidfd_open"), (os, "eventfd"), (select, "epoll"), (socket, "SOCK_SEQPACKET"))
+    return all(hasattr(module, name) for module, name in needed) and bool(sys.executable)
+
+
+# ------------------------------------------------------------------------------------------------ the loop's data
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A submitted plan: filled in by the loop, waited for by the thread that submitted it."""
+
+    running: Running
+    kernels: Mapping[int, tuple[bytes, bytes]]  # layer -> (digest, pickle)
+    path: tuple[list[str], str]  # sys.path and directory when submitted
+    done: threading.Event = field(default_factory=threading.Event)
+    failure: PlanFailed | None = None
+    deaths: int = 0
+    broken: BaseException | None = None  # a layer could not be opened
+
+
+class _Member:
+    """A worker process, from its start on. Belongs to the loop's thread."""
+
+    def __init__(
+        self, slot: int, process: subprocess.Popen[bytes], link: socket.socket, life: socket.socket, capture: int
+    ) -> None:
+        self.slot = slot
+        self.process = process
+        self.pidfd = os.pidfd_open(process.pid)
+        self.link = link
+        self.life = life
+        self.capture = capture  # memory file that holds what it wrote before its hello
+        self.has_joined = False
+        self.is_open = True  # its socket
+        self.outgoing: deque[bytes] = deque()
+        self.incoming: list[bytes] = []
+        self.kernels = KernelCache()
+        self.known: set[tuple[int, int]] = set()  # (plan, layer) that were set up there
+        self.to_forget: list[int] = []
+        self.path: tuple[list[str], str] | None = None
+
+    def flush(self) -> bool:
+        """Send as much as goes without waiting; return whether all of it went. A stopped worker takes nothing."""
+        try:
+            while self.outgoing:
+                self.link.send(self.outgoing[0])
+                self.outgoing.popleft()
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.outgoing.clear()  # it is dead; its pidfd says so in a moment
+        return True
+
+    def receive(self) -> list[tuple[Any, ...]]:
+        """Return the messages that have come."""
+        messages = []
+        while self.is_open:
+            try:
+                packet = self.link.recv(PACKET_NBYTES + 1)
+            except BlockingIOError:
+                break
+            except OSError:
+                packet = b""
+            if not packet:
+                self.is_open = False
+                break
+            self.incoming.append(packet[1:])
+            if packet[0] == 0:
+                messages.append(pickle.loads(b"".join(self.incoming)))
+                self.incoming.clear()
+        return messages
+
+    def tail(self) -> str:
+        """Return the end of what it wrote to stderr before its hello."""
+        size = os.fstat(self.capture).st_size
+        return os.pread(self.capture, TAIL_NBYTES, max(0, size - TAIL_NBYTES)).decode(errors="replace").strip()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.link.close()
+        self.life.close()
+        os.close(self.pidfd)
+        os.close(self.capture)
+
+
+_loops: weakref.WeakSet[_Loop] = weakref.WeakSet()
+
+
+class _Loop:
+    """The thread that starts workers, listens to them, and acts for the state machine.
+
+    Everything here belongs to that thread, except ``inbox`` (any thread appends) and ``_wake_fd``, ``_thread`` and
+    ``_is_closing``, which are changed under ``_gate`` alone: a descriptor that was closed may be somebody's file by now.
+    """
+
+    def __init__(self, slots: int, arena_fd: int, arena_nbytes: int, memory: Memory) -> None:
+        self.slots = slots
+        self.arena_fd, self.arena_nbytes = arena_fd, arena_nbytes
+        self.memory = memory
+        self.pid = os.getpid()
+        self.state = State(slots)
+        self.tickets: dict[int, Ticket] = {}
+        self.members: dict[int, _Member] = {}
+        self.by_fd: dict[int, _Member] = {}
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+        self.restarts = 0  # timers that will start a worker
+        self.start_failures = 0
+        self.start_error = ""
+        self.events: deque[Event] = deque()
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.helper: queue.SimpleQueue[tuple[Running, SendRange] | None] | None = None
+        self.starts = 0
+        # Reentrant: the garbage collector may close a pool in a thread that is just posting to another.
+        self._gate = threading.RLock()
+        self._is_closing = False
+        self._claim = deque([True])  # whichever thread pops it is the loop
+        self._thread: threading.Thread | None = None
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.epoll = select.epoll()
+        self.epoll.register(self._wake_fd, select.EPOLLIN)
+        self.control_fd = os.memfd_create("shmarray-control", os.MFD_CLOEXEC)
+        os.fchmod(self.control_fd, 0o600)
+        os.ftruncate(self.control_fd, control_nbytes(slots))
+        self.words = memoryview(mmap.mmap(self.control_fd, control_nbytes(slots))).cast("q")
+        _loops.add(self)
+
+    # -- from any thread
+
+    def post(self, action: Callable[[], None]) -> bool:
+        """Have the loop do something; return False when it is closed."""
+        with self._gate:
+            if self._is_closing or self.pid != os.getpid():
+                return False
+            self.inbox.append(action)
+            if self._thread is None:
+                thread = threading.Thread(target=self._serve, name="shmarray-loop", daemon=True)
+                thread.start()  # a Ctrl-C in here leaves in doubt whether it runs: then another is started, and the claim decides
+                self._thread = thread
+            os.eventfd_write(self._wake_fd, 1)
+        return True
+
+    def close(self, *, wait: bool) -> None:
+        """End the workers and the thread; plans that still run fail."""
+        if self.pid != os.getpid():
+            return
+        with self._gate:
+            thread = self._thread
+            if not self._is_closing:
+                self._is_closing = True
+                if thread is None:
+                    self._close_descriptors()
+                else:
+                    os.eventfd_write(self._wake_fd, 1)
+        if wait and thread is not None and thread is not threading.current_thread():
+            thread.join(4 * CLOSE_S)
+
+    def become_foreign(self) -> None:
+        """In a forked child: let go of the parent's workers without touching them."""
+        self._gate = threading.RLock()  # its holder may not exist here
+        self._is_closing = True
+        self._thread = None
+        for member in self.members.values():
+            member.process.returncode = 0  # not ours to wait for
+            member.close()
+        self.members.clear()
+        self.by_fd.clear()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        self.epoll.close()
+        os.close(self.control_fd)
+        os.close(self._wake_fd)
+        self._wake_fd = self.control_fd = -1
+
+    # -- the thread
+
+    def _serve(self) -> None:
+        try:
+            self._claim.pop()
+        except IndexError:
+            return
+        try:
+            while not self._is_closing:
+                self._step()
+            error: BaseException = PoolClosed("the pool was closed while this plan ran; make a new pool and run it again.")
+        except BaseException as bug:
+            error = SchedulerError(
+                "the scheduler's loop failed; this is a bug of ours:\n" + "".join(traceback.format_exception(bug))
+            )
+        self._end(error)
+
+    def _step(self) -> None:
+        timeout = -1.0
+        if self.timers:
+            timeout = max(0.0, min(when for when, _ in self.timers) - time.monotonic())
+        dead: list[_Member] = []
+        for fd, mask in self.epoll.poll(timeout):
+            if fd == self._wake_fd:
+                os.eventfd_read(fd)
+                continue
+            member = self.by_fd.get(fd)
+            if member is None:
+                continue
+            if fd == member.pidfd:
+                dead.append(member)
+                continue
+            if mask & select.EPOLLOUT and member.flush():
+                self.epoll.modify(member.link, select.EPOLLIN)
+            if mask & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                self._listen(member)
+        # Deaths last, and after everything the dead have said: what was reported must not run again.
+        for member in dead:
+            self._listen(member)
+            self._bury(member)
+        while self.inbox:
+            self.inbox.popleft()()
+        if self.timers:
+            now = time.monotonic()
+            due = [t for t in self.timers if t[0] <= now]
+            self.timers = [t for t in self.timers if t[0] > now]
+            for _, action in due:
+                action()
+
+    def _after(self, delay_s: float, action: Callable[[], None]) -> None:
+        self.timers.append((time.monotonic() + delay_s, action))
+
+    def _end(self, error: BaseException) -> None:
+        """Close: sockets, then half a second, then SIGKILL. Plans fail before anyone can wait for them in vain."""
+        with self._gate:
+            self._is_closing = True
+        for member in self.members.values():
+            member.link.close()
+        if self.helper is not None:
+            self.helper.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        self._wait_members(deadline)
+        for member in self.members.values():
+            member.kill()
+        self._wait_members(time.monotonic() + CLOSE_S)
+        for member in self.members.values():
+            member.process.poll()
+            member.close()
+        for plan_id, ticket in list(self.tickets.items()):
+            ticket.running.is_stopping = True
+            self._settle(plan_id, PlanFailed(plan_id, error))
+        while self.inbox:
+            self.inbox.popleft()()  # a plan submitted meanwhile: _submit sees that we are closing
+        with self._gate:
+            self._close_descriptors()
+
+    def _wait_members(self, deadline: float) -> None:
+        for slot, member in list(self.members.items()):
+            left = max(0.0, deadline - time.monotonic())
+            if select.select([member.pidfd], [], [], left)[0] if member.pidfd < 1024 else _poll(member.pidfd, left):
+                member.process.poll()
+                member.close()
+                del self.members[slot]
+
+    # -- plans
+
+    def submit(self, ticket: Ticket) -> None:
+        running = ticket.running
+        if self._is_closing:
+            ticket.failure = PlanFailed(running.plan_id, PoolClosed("the pool is closed; make a new one."))
+            running.close()
+            ticket.done.set()
+            return
+        self.tickets[running.plan_id] = ticket
+        self._feed(Submitted(running.plan_id, running.plan, running.room_nbytes))
+
+    def abandon(self, ticket: Ticket, reason: BaseException) -> None:
+        """Cancel a plan whose caller goes away. Comes after its `submit` if there was one: the inbox keeps order."""
+        plan_id = ticket.running.plan_id
+        if plan_id in self.tickets:
+            self._feed(CancelRequested(plan_id, reason))
+            self._after(KILL_AFTER_S, lambda: self._kill_busy(plan_id))
+        elif not ticket.done.is_set():  # the Ctrl-C came before it was in the inbox
+            ticket.running.close()
+            ticket.done.set()
+
+    def _kill_busy(self, plan_id: int) -> None:
+        for slot, member in self.members.items():
+            queued = self.state.in_flight(slot)
+            if queued and queued[0][1] == plan_id:
+                member.kill()
+
+    def _settle(self, plan_id: int, failure: PlanFailed | None) -> None:
+        ticket = self.tickets.pop(plan_id)
+        ticket.failure = failure
+        for member in self.members.values():
+            old = {key for key in member.known if key[0] == plan_id}
+            if old:
+                member.known -= old
+                member.to_forget.append(plan_id)
+        ticket.running.close()
+        ticket.done.set()
+
+    # -- the state machine's hands
+
+    def _feed(self, event: Event) -> None:
+        self.events.append(event)
+        if len(self.events) > 1:
+            return  # the caller further up goes on with it
+        while self.events:
+            for command in self.state.handle(self.events[0]):
+                self._do(command)
+            self.events.popleft()
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case SendRange():
+                ticket = self.tickets[command.plan_id]
+                if ticket.broken is not None:
+                    self.events.append(RangeStopped(command.worker, command.run_id, command.start))
+                elif command.worker == DRIVER_LANE:
+                    self._help(ticket.running, command)
+                else:
+                    self._send(self.members[command.worker], ticket, command)
+            case OpenLayer():
+                ticket = self.tickets[command.plan_id]
+                try:
+                    ticket.running.open(command.layer)
+                except Exception as error:
+                    ticket.broken = error
+                    self.events.append(CancelRequested(command.plan_id, error))
+            case BufferDone():
+                if self.tickets[command.plan_id].broken is None:
+                    self.tickets[command.plan_id].running.buffer_done(command.buffer)
+            case PlanFinished():
+                self._settle(command.plan_id, None)
+            case PlanFailed():
+                self._settle(command.plan_id, command)
+            case StopPlan():
+                self.tickets[command.plan_id].running.is_stopping = True
+                self.words[cancel_word(self.slots, command.plan_id)] = command.plan_id
+            case StartWorker():
+                self._start(command.worker)
+
+    def _help(self, running: Running, command: SendRange) -> None:
+        if self.helper is None:
+            self.helper = queue.SimpleQueue()
+            threading.Thread(target=_helper, args=(self.helper, self, self.memory), name="shmarray-driver", daemon=True).start()
+        self.helper.put((running, command))
+
+    def _send(self, member: _Member, ticket: Ticket, command: SendRange) -> None:
+        setup: tuple[bytes, bytes | None, dict[int, tuple[int, ...]]] | None = None
+        key = command.plan_id, command.layer
+        if key not in member.known:
+            member.known.add(key)
+            digest, blob = ticket.kernels[command.layer]
+            addresses = {b: tuple(a) for b, a in ticket.running.addresses_of(command.layer).items()}
+            if digest in member.kernels:
+                member.kernels.use(digest)
+                setup = digest, None, addresses
+            else:
+                member.kernels.put(digest, len(blob), None)
+                setup = digest, blob, addresses
+        path = None
+        if member.path != ticket.path:
+            path = member.path = ticket.path
+        forget, member.to_forget = member.to_forget, []
+        message = ("range", command.run_id, *key, command.start, command.stop, setup, path, forget)
+        self._post(member, message)
+
+    def _post(self, member: _Member, message: tuple[Any, ...]) -> None:
+        idle = not member.outgoing
+        member.outgoing.extend(packets(pickle.dumps(message, pickle.HIGHEST_PROTOCOL)))
+        if idle and not member.flush():
+            self.epoll.modify(member.link, select.EPOLLIN | select.EPOLLOUT)
+
+    def _listen(self, member: _Member) -> None:
+        was_open = member.is_open
+        for message in member.receive():
+            match message:
+                case ("done", run_id, elapsed_s, warned):
+                    self._note(member, run_id, warned)
+                    self._feed(RangeFinished(member.slot, run_id, elapsed_s))
+                case ("failed", run_id, task, blob, summary, trace, warned):
+                    self._note(member, run_id, warned)
+                    self._feed(RangeFailed(member.slot, run_id, task, RemoteError(blob, summary, trace)))
+                case ("stopped", run_id, task, warned):
+                    self._note(member, run_id, warned)
+                    self._feed(RangeStopped(member.slot, run_id, task))
+                case ("hello", *_):
+                    member.has_joined = True
+                    self.start_failures = 0
+                    self._feed(WorkerJoined(member.slot))
+        if was_open and not member.is_open:
+            # Usually it is dying. If it only lost its socket (a task that closed every descriptor) it is of no use to anyone.
+            self.epoll.unregister(member.link)
+            self._after(CLOSE_S, lambda: member.kill() if self.members.get(member.slot) is member else None)
+
+    def _note(self, member: _Member, run_id: int, warned: Iterable[tuple[str, str, str]]) -> None:
+        if warned:
+            for queued, plan_id, _ in self.state.in_flight(member.slot):
+                if queued == run_id:
+                    self.tickets[plan_id].running.warnings.update(dict.fromkeys(warned))
+
+    # -- workers
+
+    def _start(self, slot: int) -> None:
+        self.starts += 1
+        cursor = WORDS_PER_SLOT * slot
+        self.words[cursor], self.words[cursor + 1] = NOT_BEGUN, 0
+        try:
+            member = self._spawn(slot)
+        except OSError as error:
+            self._start_failed(slot, f"{type(error).__name__}: {error}")
+            return
+        self.members[slot] = member
+        self.by_fd[member.link.fileno()] = self.by_fd[member.pidfd] = member
+        self.epoll.register(member.link, select.EPOLLIN)
+        self.epoll.register(member.pidfd, select.EPOLLIN)
+        member.path = [*sys.path], _directory()
+        environment = {"PYTHONPATH": os.environ.get("PYTHONPATH")}
+        self._post(member, ("hello", self.slots, self.arena_nbytes, *member.path, environment))
+
+    def _spawn(self, slot: int) -> _Member:
+        """Start a process. Only ever called by the loop's thread."""
+        opened: list[Any] = []
+        try:
+            link, far_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            opened += [link, far_link]
+            life, far_life = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            opened += [life, far_life]
+            capture = os.memfd_create("shmarray-stderr", os.MFD_CLOEXEC)
+            opened.append(capture)
+            stderr = _duplicate_stderr()
+            opened.append(stderr)
+            numbers = [far_link.fileno(), far_life.fileno(), self.arena_fd, self.control_fd, stderr]
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "scheduler.worker", *map(str, numbers), str(os.getpid()), str(slot)],
+                stdin=subprocess.DEVNULL,
+                stderr=capture,
+                pass_fds=numbers,
+                env=_environment(),
+                start_new_session=True,  # so that a Ctrl-C at the terminal does not shoot it
+            )
+            tie(far_life.fileno(), process.pid)
+            link.setblocking(False)
+            member = _Member(slot, process, link, life, capture)
+        except BaseException:
+            for each in opened:
+                each.close() if isinstance(each, socket.socket) else os.close(each)
+            raise
+        far_link.close()
+        far_life.close()
+        os.close(stderr)
+        return member
+
+    def _bury(self, member: _Member) -> None:
+        """Clear up after a death: what it was at, who replaces it."""
+        code = member.process.poll()
+        reason = describe_exit(code)
+        if member.is_open:
+            self.epoll.unregister(member.link)
+        self.epoll.unregister(member.pidfd)
+        del self.by_fd[member.link.fileno()], self.by_fd[member.pidfd], self.members[member.slot]
+        tail = "" if member.has_joined else member.tail()
+        member.close()
+        if not member.has_joined:
+            self._start_failed(member.slot, f"{reason}\n{tail}".strip())
+            return
+        at = WORDS_PER_SLOT * member.slot
+        cursor, run_id = self.words[at], self.words[at + 1]
+        queued = self.state.in_flight(member.slot)
+        is_begun = bool(queued) and queued[0][0] == run_id and cursor != NOT_BEGUN
+        for plan_id in {plan_id for _, plan_id, _ in queued}:
+            self.tickets[plan_id].deaths += 1
+        self._feed(WorkerLost(member.slot, cursor if is_begun else None, reason, member.process.pid))
+
+    def _start_failed(self, slot: int, why: str) -> None:
+        self.start_failures += 1
+        self.start_error = why
+        if self.start_failures < MOST_START_FAILURES:
+            self.restarts += 1
+            self._after(0.05 * 4 ** (self.start_failures - 1), lambda: self._restart(slot))
+            return
+        self._feed(WorkerNotStarted(slot))
+        if self.members or self.restarts:
+            return  # go on with fewer
+        self.start_failures = 0
+        for plan_id in list(self.tickets):
+            error = WorkerStartError(
+                f"starting worker processes failed {MOST_START_FAILURES} times in a row, and none is left. The last one, "
+                f"{sys.executable!r}, said:\n{self.start_error}\nUse executor='threads' if processes cannot be started here."
+            )
+            self._feed(CancelRequested(plan_id, error))
+
+    def _restart(self, slot: int) -> None:
+        self.restarts -= 1
+        self._start(slot)
+
+
+def _helper(work: queue.SimpleQueue[tuple[Running, SendRange] | None], loop: _Loop, memory: Memory) -> None:
+    """The thread that runs the layers only the driver can."""
+    set_inline()
+    lane = Lane(memory)
+    last = -1
+    while True:
+        item = work.get()
+        if item is None:
+            return
+        running, command = item
+        if command.plan_id != last:
+            lane.bound.clear()  # rebinding is cheap; holding a finished plan's sources open is not
+            last = command.plan_id
+        event = lane.run(running, command)
+        if not loop.post(lambda event=event: loop._feed(event)):  # type: ignore[misc]  # a lambda's default is untyped
+            return
+        del item, running, event
+
+
+def _poll(fd: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return os.sep  # it was deleted
+
+
+def _duplicate_stderr() -> int:
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment a worker starts in; it gives PYTHONPATH back its value once it runs."""
+    environment = dict(os.environ)
+    # Before NumPy is imported there: W workers with W threads each would be W * W.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        environment[name] = "1"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(scheduler.__file__)))
+    if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        # Only where it is needed: PYTHONPATH comes before the standard library, and site-packages may shadow that.
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment
+
+
+def describe_exit(code: int | None) -> str:
+    """Return how a process ended, in words."""
+    if code is None:
+        return "it is gone"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+# --------------------------------------------------------------------------------------------------- for callers
+
+
+class WorkerPool:
+    """The handle on a loop and its workers. Nothing in the loop refers to it: dropped, the workers go."""
+
+    def __init__(self, slots: int, arena_fd: int, arena_nbytes: int, memory: Memory) -> None:
+        self._loop = _Loop(slots, arena_fd, arena_nbytes, memory)
+        self._finalizer = weakref.finalize(self, self._loop.close, wait=False)
+        self._finalizer.atexit = False  # _close_all does that, and waits
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that are running now, joined or not."""
+        return tuple(m.process.pid for m in list(self._loop.members.values()))
+
+    @property
+    def starts(self) -> int:
+        """How many processes were ever started."""
+        return self._loop.starts
+
+    def run(self, running: Running, kernels: Mapping[int, tuple[bytes, bytes]]) -> Report:
+        """Run a plan and wait for it; raise what it raised. Closes ``running`` in any case, if need be later."""
+        ticket = Ticket(running, kernels, ([*sys.path], _directory()))
+        loop = self._loop
+        try:
+            if not loop.post(lambda: loop.submit(ticket)):
+                raise PoolClosed("the pool is closed, or was made before a fork; make a new one.")
+            ticket.done.wait()
+        except BaseException as error:  # Ctrl-C, most likely
+            reason = error if isinstance(error, Exception) else type(error)()
+            if not loop.post(lambda: loop.abandon(ticket, reason)):
+                running.close()
+            elif ticket.done.wait(GIVE_UP_AFTER_S) and ticket.failure is not None:
+                error.unfinished = list(ticket.failure.unfinished)  # type: ignore[attr-defined]  # see Pool.run
+            raise
+        if ticket.failure is not None:
+            raise_failure(running.plan, ticket.failure)
+        return running.report(ticket.deaths)
+
+    def close(self) -> None:
+        """End the workers: at once when idle, after half a second with SIGKILL when not."""
+        self._loop.close(wait=True)
+
+
+def _close_all() -> None:
+    for loop in list(_loops):
+        loop.close(wait=True)
+
+
+def _become_foreign() -> None:
+    for loop in list(_loops):
+        loop.become_foreign()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_become_foreign)

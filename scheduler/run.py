@@ -1,0 +1,334 @@
+"""The door: a pool of memory and workers, and running a plan on it.
+
+Promises: a plan that cannot fit the budget is refused before anything runs; a plan that was started ends, and then holds
+nothing; after an error, a death or a Ctrl-C the pool is usable. Costs microseconds where the plan is tiny.
+Relies on everything below: executors, pool, extents, locks, limits. Never put here: what an executor does, or arrays.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import pkgutil
+import threading
+import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from scheduler import executors, worker
+from scheduler.errors import MemoryBudgetError, PoolClosed, SharedMemoryError
+from scheduler.extents import Extent, Extents
+from scheduler.limits import Budget, cpu_count, format_bytes, parse_bytes
+from scheduler.locks import CellLocks
+from scheduler.pool import WorkerPool, can_start_workers
+from scheduler.running import is_inline
+from scheduler.segments import Arena, Memory, permit_workers
+from scheduler.task import Plan, Report
+
+__all__ = ["Pool", "PoolStatistics", "configure_default", "default_pool"]
+
+TINY_NBYTES = 2 << 20  # moved: done in the driver sooner than told to a worker
+LARGE_NBYTES = 1 << 20  # from here on an allocation looks after the warm memory as well
+
+_log = logging.getLogger("shmarray")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """A snapshot of a pool."""
+
+    workers: int
+    pids: tuple[int, ...]  # of the worker processes there are now
+    starts: int  # worker processes ever started
+    plans: int  # ever run
+    limit_nbytes: int
+    live_nbytes: int
+    temporary_nbytes: int  # of which: of plans that run now
+    warm_nbytes: int
+    peak_nbytes: int
+
+
+class Pool:
+    """Shared memory and the workers that fill it. Starts nothing before a plan needs it; stays warm after.
+
+    ``workers`` None: as many as there are cores for this process; 0: everything happens in the calling thread.
+    ``memory_limit`` None: a share of what is available now. As a context manager it is the default pool inside, closed after.
+    Threads may share a pool; a forked child may not.
+    """
+
+    def __init__(
+        self, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None
+    ) -> None:
+        if workers is not None and workers < 0:
+            raise ValueError(f"a pool of {workers} workers: give 0 (run in the calling thread), a count, or None (one per core).")
+        self.pid = os.getpid()
+        self.workers = cpu_count() if workers is None else workers
+        self.spill_directory = spill_directory
+        self.budget = Budget(None if memory_limit is None else parse_bytes(memory_limit))
+        # Without workers nobody else maps it, and private memory has huge pages.
+        self.arena = Arena(shared=self.workers > 0 and not worker.IN_WORKER)
+        self.extents = Extents(self.arena, warm_limit_nbytes=self.budget.limit_nbytes // 2)
+        self.locks = CellLocks()
+        self.memory = Memory(self.arena.bytes)
+        self.closed = False
+        # Guards the five below; waited on by plans for which others leave no room.
+        self._changed = threading.Condition(threading.RLock())
+        self._reserved_nbytes = 0
+        self._temporary_nbytes = 0
+        self._plans = 0
+        self._worker_pool: WorkerPool | None = None
+        self._local = threading.local()  # how deep in `run` this thread is
+        self._finalizer = weakref.finalize(self, self.arena.close)
+        self._finalizer.atexit = False
+
+    # -- running
+
+    def run(self, plan: Plan, executor: str | None = None) -> Report:
+        """Run a plan to its end and return its report; raise what its first failing task raised.
+
+        ``executor`` None: "synchronous" for tiny work that calls no user function, else "processes". An error carries notes
+        (task, user's line, remote traceback) and ``unfinished``: the ranges (layer, start, stop) that were begun but are not
+        known to be done, of interest where a layer must not run twice. KeyboardInterrupt comes within a second.
+        """
+        self._require_open()
+        module = self._executor(plan, executor)
+        depth = getattr(self._local, "depth", 0)
+        self._local.depth = depth + 1
+        self._plans += 1  # a lost count under a race of threads would harm nobody
+        try:
+            report: Report = module.run(self, plan)
+            return report
+        finally:
+            self._local.depth = depth
+
+    def _executor(self, plan: Plan, name: str | None) -> Any:
+        if name is not None and name not in _KNOWN:
+            raise ValueError(f"executor {name!r} is not known; there are {', '.join(map(repr, sorted(_KNOWN)))}.")
+        if name is None:
+            tiny = not plan.isolated and 0 <= plan.cost_nbytes() <= TINY_NBYTES
+            name = "synchronous" if tiny else "processes"
+        if name in ("processes", "threads") and (self.workers == 0 or worker.IN_WORKER or is_inline()):
+            name = "synchronous"  # a run inside a task: it must not wait for workers that wait for it
+        if name == "processes" and not (self.arena.is_shared and can_start_workers()):
+            _say_once("no worker processes on this system (they need Linux with memfd and pidfd): using threads")
+            name = "threads"
+        module = _modules.get(name)
+        if module is None:
+            module = _modules[name] = importlib.import_module(f"scheduler.executors.{name}")
+        return module
+
+    def worker_pool(self) -> WorkerPool:
+        """Return the handle on the worker processes, made on first need."""
+        with self._changed:
+            self._require_open()
+            if self._worker_pool is None:
+                permit_workers()
+                self._worker_pool = WorkerPool(self.workers, self.arena.fd, self.arena.nbytes, self.memory)
+            return self._worker_pool
+
+    # -- memory
+
+    def allocate(self, nbytes: int) -> Extent:
+        """Return an extent for an array that is to stay; raise MemoryBudgetError when it would exceed the budget."""
+        self._require_open()
+        limit = self.budget.limit_nbytes
+        live = self.extents.statistics().live_nbytes
+        if live + nbytes > limit:
+            gc.collect()  # arrays in reference cycles are dead, but not yet gone
+            live = self.extents.statistics().live_nbytes
+        if live + nbytes > limit:
+            raise MemoryBudgetError(
+                f"allocating {format_bytes(nbytes)}: {format_bytes(live)} of the {format_bytes(limit)} memory limit are in use. "
+                f"Delete stored arrays, persist smaller pieces, or raise memory_limit."
+            )
+        return self._take(nbytes)
+
+    def _take(self, nbytes: int) -> Extent:
+        try:
+            extent = self.extents.allocate(nbytes)
+        except SharedMemoryError:
+            gc.collect()
+            self.extents.trim()
+            extent = self.extents.allocate(nbytes)
+        if nbytes >= LARGE_NBYTES:
+            statistics = self.extents.statistics()
+            if statistics.live_nbytes + statistics.warm_nbytes > self.budget.limit_nbytes:
+                self.extents.trim(max(0, self.budget.limit_nbytes - statistics.live_nbytes))
+        return extent
+
+    def allocate_temporary(self, nbytes: int) -> Extent:
+        """Return an extent out of the room of a plan that was admitted."""
+        # As one step: a temporary that is live and not yet counted would look stored to a plan that asks for room.
+        with self._changed:
+            extent = self._take(nbytes)
+            self._temporary_nbytes += nbytes
+        return extent
+
+    def free_temporary(self, extent: Extent) -> None:
+        """Take back what `allocate_temporary` gave."""
+        with self._changed:
+            extent.free()
+            self._temporary_nbytes -= extent.nbytes
+
+    def admit(self, plan: Plan) -> tuple[int | None, int]:
+        """Return (the room for the plan's temporaries, what is reserved for it); wait while other plans leave too little.
+
+        Half of what is free goes to one plan at most, unless it needs more: room beyond the peak lets layers overlap.
+        """
+        total = sum(b.nbytes for b in plan.buffers if b.address is None)
+        scratch = plan.scratch_nbytes * max(1, self.workers)
+        if not total and not scratch:
+            return None, 0
+        peak, where = plan.peak_nbytes()
+        limit = self.budget.limit_nbytes
+        with self._changed:
+            while True:
+                self._require_open()
+                available = limit - self._stored_nbytes()
+                if peak + scratch > available:
+                    gc.collect()
+                    available = limit - self._stored_nbytes()
+                if peak + scratch > available:
+                    raise self._refusal(plan, where, peak, scratch, available)
+                free = available - self._reserved_nbytes
+                # A run inside a task of another must not wait for that one to end.
+                if peak + scratch <= free or getattr(self._local, "depth", 0) > 1 or is_inline():
+                    room = min(total, max(peak, free // 2 - scratch))
+                    self._reserved_nbytes += room + scratch
+                    return room, room + scratch
+                self._changed.wait()
+
+    def leave(self, reserved_nbytes: int) -> None:
+        """Give back what `admit` reserved."""
+        if reserved_nbytes:
+            with self._changed:
+                self._reserved_nbytes -= reserved_nbytes
+                self._changed.notify_all()
+
+    def _stored_nbytes(self) -> int:
+        return max(0, self.extents.statistics().live_nbytes - self._temporary_nbytes)
+
+    def _refusal(self, plan: Plan, where: int, peak: int, scratch: int, available: int) -> MemoryBudgetError:
+        layer = plan.layers[where]
+        line = f" (built at {layer.line})" if layer.line else ""
+        limit = self.budget.limit_nbytes
+        return MemoryBudgetError(
+            f"running {layer.name!r}{line} needs {format_bytes(peak + scratch)} at its peak: {format_bytes(peak)} of temporaries "
+            f"and {format_bytes(scratch)} of scratch for {max(1, self.workers)} workers; {format_bytes(max(0, available))} of "
+            f"the {format_bytes(limit)} memory limit are free. Use smaller chunks, persist the pieces one by one, delete "
+            f"stored arrays, or raise memory_limit."
+        )
+
+    # -- life
+
+    def _require_open(self) -> None:
+        if self.pid != os.getpid():
+            raise PoolClosed(
+                f"this pool belongs to process {self.pid}, and this is its forked child {os.getpid()}: workers and shared memory "
+                f"are not inherited. Make a new Pool here, or use the default one."
+            )
+        if self.closed:
+            raise PoolClosed("the pool is closed, and what lived in it is gone; make a new Pool.")
+
+    def close(self) -> None:
+        """End the workers and give up the memory; plans that still run raise PoolClosed. Calling it again does nothing."""
+        if self.closed or self.pid != os.getpid():
+            return
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+            workers = self._worker_pool
+        if workers is not None:
+            workers.close()
+        self._finalizer()
+
+    def __enter__(self) -> Pool:
+        self._require_open()
+        _entered.set((*_entered.get(), self))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        stack = list(_entered.get())
+        if self in stack:
+            del stack[len(stack) - 1 - stack[::-1].index(self)]
+            _entered.set(tuple(stack))
+        self.close()
+
+    def statistics(self) -> PoolStatistics:
+        """Return a snapshot."""
+        extents = self.extents.statistics()
+        workers = self._worker_pool
+        return PoolStatistics(
+            workers=self.workers,
+            pids=workers.pids if workers else (),
+            starts=workers.starts if workers else 0,
+            plans=self._plans,
+            limit_nbytes=self.budget.limit_nbytes,
+            live_nbytes=extents.live_nbytes,
+            temporary_nbytes=self._temporary_nbytes,
+            warm_nbytes=extents.warm_nbytes,
+            peak_nbytes=extents.peak_nbytes,
+        )
+
+    def check(self) -> None:
+        """Assert what must hold while no plan runs."""
+        self.extents.check()
+        assert self._reserved_nbytes == 0, self._reserved_nbytes
+        assert self._temporary_nbytes == 0, self._temporary_nbytes
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.workers} workers, {format_bytes(self.budget.limit_nbytes)}"
+        return f"<Pool {state}>"
+
+
+_KNOWN = frozenset(module.name for module in pkgutil.iter_modules(executors.__path__))
+_modules: dict[str, Any] = {}
+_said: set[str] = set()
+_entered: ContextVar[tuple[Pool, ...]] = ContextVar("entered_pools", default=())
+_default: Pool | None = None
+_default_values: dict[str, Any] = {}
+_default_lock = threading.Lock()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
+
+
+def configure_default(
+    *, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None
+) -> None:
+    """Set what the default pool is made with. One that exists is let go; it lives on as long as arrays in it do."""
+    global _default, _default_values
+    with _default_lock:
+        _default_values = {"workers": workers, "memory_limit": memory_limit, "spill_directory": spill_directory}
+        _default = None
+
+
+def default_pool() -> Pool:
+    """Return the innermost pool entered in this context, else one for the whole process, made on first need."""
+    global _default
+    for pool in reversed(_entered.get()):
+        if not pool.closed and pool.pid == os.getpid():
+            return pool
+    found = _default
+    if found is not None and not found.closed and found.pid == os.getpid():
+        return found
+    with _default_lock:
+        if _default is None or _default.closed or _default.pid != os.getpid():
+            values = {**_default_values, "workers": 0} if worker.IN_WORKER else _default_values
+            _default = Pool(**values)
+        return _default
+
+
+def _start_anew_in_child() -> None:
+    global _default_lock
+    _default_lock = threading.Lock()  # its holder may not exist here
+
+
+os.register_at_fork(after_in_child=_start_anew_in_child)

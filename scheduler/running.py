@@ -1,0 +1,173 @@
+"""What a plan holds while it runs, and how a range of it is run in a thread of this process.
+
+Promises: what a plan was given (locks, room, temporaries) is given back once, whoever closes it; errors say where they are from.
+Relies on `scheduler.state` for words and `scheduler.worker` for the context. Never put here: processes, threads, choices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from scheduler.segments import Memory
+from scheduler.state import (
+    Event,
+    PlanFailed,
+    RangeFailed,
+    RangeFinished,
+    RangeStopped,
+    SendRange,
+)
+from scheduler.task import ARENA, Address, Plan, Report
+from scheduler.worker import TaskContext, annotate, contain, unpack_error
+
+if TYPE_CHECKING:
+    from scheduler.extents import Extent
+    from scheduler.locks import CellLocks, Hold
+
+__all__ = ["GIVE_UP_AFTER_S", "Host", "Lane", "RemoteError", "Running", "is_inline", "raise_failure", "set_inline"]
+
+GIVE_UP_AFTER_S = 0.8  # waiting for a cancelled plan: what is left ends in the background
+
+_plan_ids = itertools.count(1)  # one sequence for all pools: an id is never used twice
+_inline = threading.local()
+
+
+def is_inline() -> bool:
+    """Return whether this thread runs tasks for a pool: what it computes itself must not wait for that pool."""
+    return getattr(_inline, "busy", False)
+
+
+def set_inline() -> None:
+    """Say that this thread runs tasks, from now on."""
+    _inline.busy = True
+
+
+class Host(Protocol):
+    """What a plan needs of the pool that runs it."""
+
+    workers: int
+    memory: Memory
+    locks: CellLocks
+
+    def admit(self, plan: Plan) -> tuple[int | None, int]:
+        """Return the room for the plan's temporaries (None: it has none) and what was reserved; wait for it; raise when none."""
+
+    def leave(self, reserved_nbytes: int) -> None:
+        """Give back what `admit` gave."""
+
+    def allocate_temporary(self, nbytes: int) -> Extent: ...
+
+    def free_temporary(self, extent: Extent) -> None: ...
+
+
+class Running:
+    """All that a plan holds while it runs: its locks, its room, its temporaries, the warnings of its tasks.
+
+    Written by whoever drives the state machine. ``close`` may be called from any thread, more than once.
+    """
+
+    def __init__(self, host: Host, plan: Plan) -> None:
+        self.plan = plan  # and with it ``plan.keep``
+        self.plan_id = next(_plan_ids)
+        self.host = host
+        self.is_stopping = False  # read by lanes in this process between tasks
+        self.warnings: dict[tuple[str, str, str], None] = {}
+        self.addresses: dict[int, Address] = {i: b.address for i, b in enumerate(plan.buffers) if b.address is not None}
+        self.temporaries: dict[int, Extent] = {}
+        self._closed = False
+        # Locks before room: who waits for room holds its locks, who has room waits for nothing. The other way round two
+        # plans could wait for each other.
+        self.hold: Hold | None = host.locks.acquire(plan.locks) if plan.locks else None
+        try:
+            self.room_nbytes, self._reserved_nbytes = host.admit(plan)
+        except BaseException:
+            if self.hold is not None:
+                self.hold.release()
+            raise
+
+    def open(self, index: int) -> None:
+        """Allocate what the layer touches and has no address yet."""
+        layer = self.plan.layers[index]
+        for buffer in (*layer.reads, *layer.writes):
+            if buffer not in self.addresses:
+                extent = self.host.allocate_temporary(self.plan.buffers[buffer].nbytes)
+                self.temporaries[buffer] = extent
+                self.addresses[buffer] = Address(ARENA, extent.offset)
+
+    def buffer_done(self, buffer: int) -> None:
+        self.host.free_temporary(self.temporaries.pop(buffer))
+        del self.addresses[buffer]
+
+    def addresses_of(self, index: int) -> dict[int, Address]:
+        layer = self.plan.layers[index]
+        return {b: self.addresses[b] for b in (*layer.reads, *layer.writes)}
+
+    def close(self) -> None:
+        """Let everything go. Only when no lane can run a task of this plan any more."""
+        if self._closed:
+            return
+        self._closed = True
+        while self.temporaries:
+            self.host.free_temporary(self.temporaries.popitem()[1])
+        self.host.leave(self._reserved_nbytes)
+        if self.hold is not None:
+            self.hold.release()
+
+    def report(self, deaths: int = 0) -> Report:
+        return Report(tuple(self.warnings), deaths)
+
+
+class Lane:
+    """Runs ranges in a thread of this process. One per thread: what is bound is not shared."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.bound: dict[tuple[int, int], Callable[[int], None]] = {}
+
+    def run(self, running: Running, command: SendRange, *, interruptible: bool = False) -> Event:
+        """Run a range; return what is to be told to the state. ``interruptible``: a Ctrl-C is the user's, not the task's."""
+        task = command.start
+        began = time.perf_counter()
+        try:
+            key = command.plan_id, command.layer
+            function = self.bound.get(key)
+            if function is None:
+                context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings)
+                function = self.bound[key] = running.plan.layers[command.layer].kernel.bind(context)
+            for task in range(command.start, command.stop):
+                if running.is_stopping:
+                    return RangeStopped(command.worker, command.run_id, task)
+                function(task)
+        except BaseException as error:
+            told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)
+            return RangeFailed(command.worker, command.run_id, task, told)
+        return RangeFinished(command.worker, command.run_id, time.perf_counter() - began)
+
+    def forget(self, plan_id: int) -> None:
+        for key in [k for k in self.bound if k[0] == plan_id]:
+            del self.bound[key]
+
+
+class RemoteError(Exception):
+    """An error as a worker sent it. Unpacked by the waiting thread alone: unpickling runs user code."""
+
+    def __init__(self, blob: bytes | None, summary: str, trace: str) -> None:
+        super().__init__(summary)
+        self.blob, self.summary, self.trace = blob, summary, trace
+
+
+def raise_failure(plan: Plan, failure: PlanFailed) -> None:
+    """Raise what a plan failed with, saying where; ``unfinished`` on it: the ranges (layer, start, stop) begun but not done."""
+    error, trace = failure.error, ""
+    if isinstance(error, RemoteError):
+        trace, error = error.trace, unpack_error(error.blob, error.summary)
+    if failure.layer >= 0 and not isinstance(error, KeyboardInterrupt):
+        annotate(error, plan.layers[failure.layer], failure.task, trace)
+    with contextlib.suppress(AttributeError):  # an exception class with a __setattr__ of its own
+        error.unfinished = list(failure.unfinished)  # type: ignore[attr-defined]  # documented in scheduler.run.Pool.run
+    raise error

@@ -1,0 +1,191 @@
+"""What a run is told to do, as plain values: buffers, layers of tasks, the dependencies between them, a plan.
+
+A *task* is one kernel on one tile, named by its index in its *layer*. A layer of a million tasks is one object and the
+integers ``range(ntasks)``; nothing here, nor in the scheduler, makes an object per task.
+
+Relies on nothing of this package. Never put here: processes, clocks, memory, or anything that knows of expressions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import networkx
+
+__all__ = ["ARENA", "DRIVER", "Address", "Buffer", "Context", "Dependency", "Kernel", "Layer", "LockRequest", "Plan", "Report"]
+
+ARENA = 0  # offset counts from the start of the pool's arena
+DRIVER = 1  # offset is an address in the driver's private memory
+
+
+class Address(NamedTuple):
+    """Where a buffer starts: a segment, and a byte offset in it."""
+
+    segment: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One contiguous piece of memory that layers read or write.
+
+    ``address`` None: a temporary, which the run allocates in the arena when the first layer that writes it opens, and
+    frees when the last layer that reads it has finished.
+    """
+
+    nbytes: int
+    address: Address | None = None
+
+
+class Context(Protocol):
+    """What a kernel is given in the process where it runs."""
+
+    @property
+    def memory(self) -> Any:
+        """The process's `scheduler.segments.Memory`."""
+
+    @property
+    def addresses(self) -> Mapping[int, Address]:
+        """Where each buffer of the layer lies: those it reads and those it writes."""
+
+    def warn(self, category: str, message: str, line: str = "") -> None:
+        """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
+
+
+class Kernel(Protocol):
+    """The work of a layer; it travels by cloudpickle, holds no addresses, and is the same bytes for the same work."""
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        """Return the function that runs task ``i``; called once per process, plan and layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dependency:
+    """That a layer needs tasks of an earlier one.
+
+    ``requires(start, stop)`` gives the range (low, high) of tasks of ``layer`` that tasks [start, stop) need; it must be
+    monotone: a wider range never needs less. None: all of them.
+    """
+
+    layer: int
+    requires: Callable[[int, int], tuple[int, int]] | None = None
+
+
+def _describe(index: int) -> str:
+    return f"task {index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """The family of tasks of one fused operation.
+
+    ``place`` is "worker", or "driver" for work only the driver can do (reading a source that no worker reaches).
+    ``retry`` is False when a task reads what it writes, so that running it twice would be wrong.
+    ``nbytes_per_task`` is a hint of a task's cost (bytes moved, weighted); 0 means unknown, as for a user's function.
+    ``describe(i)`` names a task in an error; ``line`` is the user's line ``file:number`` that built the expression.
+    """
+
+    name: str
+    kernel: Kernel
+    ntasks: int
+    reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    dependencies: tuple[Dependency, ...] = ()
+    nbytes_per_task: int = 0
+    place: str = "worker"
+    retry: bool = True
+    describe: Callable[[int], str] = _describe
+    line: str = ""
+
+
+class LockRequest(NamedTuple):
+    """Cells [start, stop) of an extent, to read ("r") or to write ("w")."""
+
+    extent: int
+    start: int
+    stop: int
+    mode: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Layers in an order in which each depends only on earlier ones, and the buffers they use.
+
+    ``scratch_nbytes`` is what one worker may need at once beside the buffers. ``isolated`` plans hold a user's function
+    and so never run in the driver by default. ``keep`` is held until the last task that might use it has ended.
+    """
+
+    buffers: tuple[Buffer, ...]
+    layers: tuple[Layer, ...]
+    scratch_nbytes: int = 0
+    isolated: bool = False
+    locks: tuple[LockRequest, ...] = ()
+    keep: tuple[Any, ...] = field(default=(), compare=False)
+
+    def check(self) -> None:
+        """Assert what every layer relies on."""
+        written: set[int] = {i for i, b in enumerate(self.buffers) if b.address is not None}
+        for position, layer in enumerate(self.layers):
+            assert layer.ntasks > 0, f"layer {layer.name!r} has no tasks"
+            assert layer.place in ("worker", "driver"), layer.place
+            for dependency in layer.dependencies:
+                assert 0 <= dependency.layer < position, f"layer {layer.name!r} depends on a later one"
+                if dependency.requires is not None:
+                    low, high = dependency.requires(0, layer.ntasks)
+                    assert 0 <= low < high <= self.layers[dependency.layer].ntasks, (layer.name, low, high)
+            for buffer in (*layer.reads, *layer.writes):
+                assert 0 <= buffer < len(self.buffers), f"layer {layer.name!r} names buffer {buffer}"
+            missing = set(layer.reads) - written
+            assert not missing, f"layer {layer.name!r} reads buffers {sorted(missing)} that nothing wrote"
+            written.update(layer.writes)
+
+    def last_readers(self) -> dict[int, int]:
+        """Return, per temporary buffer, the last layer that touches it: after that it can be freed."""
+        last: dict[int, int] = {}
+        for position, layer in enumerate(self.layers):
+            for buffer in (*layer.reads, *layer.writes):
+                if self.buffers[buffer].address is None:
+                    last[buffer] = position
+        return last
+
+    def peak_nbytes(self) -> tuple[int, int]:
+        """Return the most bytes of temporaries that live at once, layer after layer, and the layer where that is."""
+        last = self.last_readers()
+        live: set[int] = set()
+        peak, where = 0, 0
+        for position, layer in enumerate(self.layers):
+            live.update(b for b in (*layer.reads, *layer.writes) if b in last)
+            nbytes = sum(self.buffers[b].nbytes for b in live)
+            if nbytes > peak:
+                peak, where = nbytes, position
+            live = {b for b in live if last[b] > position}
+        return peak, where
+
+    def cost_nbytes(self) -> int:
+        """Return the bytes that all tasks are expected to move, -1 when a layer's cost is unknown."""
+        if any(layer.nbytes_per_task == 0 for layer in self.layers):
+            return -1
+        return sum(layer.nbytes_per_task * layer.ntasks for layer in self.layers)
+
+    def to_networkx(self) -> networkx.DiGraph[int]:
+        """Return the layers as a graph: a node per layer (attributes name, ntasks, ...), an edge per dependency."""
+        import networkx  # 0.13 s: only for whoever asks for the picture
+
+        graph: networkx.DiGraph[int] = networkx.DiGraph()
+        for position, layer in enumerate(self.layers):
+            graph.add_node(position, name=layer.name, ntasks=layer.ntasks, line=layer.line, reads=layer.reads, writes=layer.writes)
+            for dependency in layer.dependencies:
+                kind = "all" if dependency.requires is None else "range"
+                graph.add_edge(dependency.layer, position, kind=kind)
+        return graph
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a finished run tells: the warnings its tasks raised as (category, message, line), and deaths survived."""
+
+    warnings: Sequence[tuple[str, str, str]] = ()
+    deaths: int = 0

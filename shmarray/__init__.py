@@ -1,0 +1,82 @@
+"""NumPy for all the cores of one machine: lazy chunked arrays, computed in shared memory by worker processes.
+
+    import shmarray as sa
+    x = sa.random.default_rng(0).random((20_000, 10_000)).persist()
+    (x * 1.8 + 32).mean(axis=0).compute()
+
+Names and semantics are NumPy's; `chunks`, `compute`, `persist`, `rechunk` and `map_blocks` are dask's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from numpy import e, euler_gamma, inf, nan, newaxis, pi
+
+from scheduler.run import Pool
+from shmarray.array import Array, allclose, array_equal
+from shmarray.chunks import normalize_chunks
+from shmarray.compute import compute, persist
+from shmarray.config import config
+from shmarray.errors import (
+    ChangedInput,
+    ChunkError,
+    LockError,
+    MemoryBudgetError,
+    PoolClosed,
+    SharedMemoryError,
+    TaskError,
+    TornChunkError,
+    WorkerDied,
+    WorkerStartError,
+)
+from shmarray.ops import creation, elementwise, linalg, random, reductions, shaping
+from shmarray.ops.blocks import map_blocks
+
+__version__ = "0.1.0"
+
+_FAMILIES: dict[str, Any] = dict(elementwise.ELEMENTWISE)
+for _module, _private in (
+    (creation, ()),
+    (reductions, ("accumulate", "reduce_ufunc")),
+    (shaping, ("getitem", "setitem_node", "view_of")),
+    (linalg, ()),
+):
+    _FAMILIES |= {name: getattr(_module, name) for name in _module.__all__ if name not in _private}
+globals().update(_FAMILIES)
+
+__all__ = [  # noqa: PLE0604, PLE0605  # the families name their own functions
+    "Array",
+    "ChangedInput",
+    "ChunkError",
+    "LockError",
+    "MemoryBudgetError",
+    "Pool",
+    "PoolClosed",
+    "SharedMemoryError",
+    "TaskError",
+    "TornChunkError",
+    "WorkerDied",
+    "WorkerStartError",
+    "allclose",
+    "array_equal",
+    "compute",
+    "config",
+    "e",
+    "euler_gamma",
+    "inf",
+    "map_blocks",
+    "nan",
+    "newaxis",
+    "normalize_chunks",
+    "persist",
+    "pi",
+    "random",
+    *sorted(_FAMILIES),
+]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
+
+

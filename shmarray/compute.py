@@ -1,0 +1,184 @@
+"""Running expressions: into NumPy arrays, into new stored arrays, into stored arrays in place.
+
+Promises: what `compute` returns is the caller's alone, except for stored arrays, of which it is a read-only view that never
+changes; inputs that were written after an expression was built on them are noticed before anything runs; warnings of tasks
+arrive here, at the user's line.
+Never put here: what is fused, how tasks run.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from scheduler.run import Pool, configure_default, default_pool
+from scheduler.task import Plan, Report
+from shmarray.chunks import Chunks
+from shmarray.config import config
+from shmarray.errors import ChangedInput, TornChunkError
+from shmarray.expr import Elementwise, Expr, Stored, line_of, make, postorder, user_line
+from shmarray.handle import Handle, in_memory, wrap_stored
+from shmarray.plan import Target, build_plan
+from shmarray.storage import Layout, Storage
+
+__all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
+
+NDArray = np.ndarray[Any, Any]
+
+_configured: tuple[Any, ...] = (None, None, None)  # what the default pool is made with; any thread may set it to what it sees
+
+
+def current_pool() -> Pool:
+    """Return the pool of this context: the innermost ``with Pool(...)``, else the default one, made with `config`'s settings."""
+    global _configured
+    settings = (config.workers, config.memory_limit, config.spill_directory)
+    if settings != _configured:
+        configure_default(workers=settings[0], memory_limit=settings[1], spill_directory=settings[2])
+        _configured = settings
+    return default_pool()
+
+
+def compute(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
+    """Return the values of several arrays, computed together: work they share is done once, one pass reads a common input.
+
+    Arguments that are not shmarray arrays come back as they are. Each result is a fresh, writable NumPy array of the caller's
+    own; of a stored array a read-only view without a copy; of a 0-d array a NumPy scalar.
+
+    >>> import shmarray as sa
+    >>> x = sa.arange(5.0)
+    >>> sa.compute(x.sum(), x.max())
+    (np.float64(10.0), np.float64(4.0))
+    """
+    lazy = [a for a in args if isinstance(a, Handle) and a._storage is None]
+    values = iter(_fresh([a.node for a in lazy], scheduler))
+    out: list[Any] = []
+    for a in args:
+        if not isinstance(a, Handle):
+            out.append(a)
+            continue
+        value = next(values) if a._storage is None else a._storage.lend(_layout(a))
+        out.append(value[()] if value.ndim == 0 else value)
+    return tuple(out)
+
+
+def values_of(x: Handle, scheduler: str | None = None) -> NDArray:
+    """Return the values of one array as an ndarray, 0-d included."""
+    if x._storage is not None:
+        return x._storage.lend(_layout(x))
+    return _fresh([x.node], scheduler)[0]
+
+
+def _layout(x: Handle) -> Layout:
+    assert x._layout is not None
+    return x._layout
+
+
+def _fresh(nodes: Sequence[Expr], scheduler: str | None) -> list[NDArray]:
+    results = [np.empty(node.shape, node.dtype) for node in nodes]
+    run(nodes, [Target(r.shape, r.dtype, array=r) for r in results], scheduler)
+    return results
+
+
+def persist(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
+    """Return the arrays as stored ones, computed together; one that is stored is returned itself."""
+    lazy = [a for a in args if isinstance(a, Handle) and a._storage is None]
+    pool = current_pool()
+    storages = [Storage(pool, a.shape, a.dtype, a.chunks) for a in lazy]
+    run([a.node for a in lazy], [Target(s.shape, s.dtype, storage=s, layout=s.layout) for s in storages], scheduler, pool)
+    stored = iter([wrap_stored(s, s.layout, a.chunks) for s, a in zip(storages, lazy, strict=True)])
+    return tuple(next(stored) if isinstance(a, Handle) and a._storage is None else a for a in args)
+
+
+def new_stored(values: NDArray, chunks: Chunks) -> Any:
+    """Return a stored copy of a NumPy array."""
+    storage = Storage(current_pool(), values.shape, values.dtype, chunks)
+    if values.nbytes < 1 << 22:
+        np.copyto(storage.array(storage.layout), values)
+    else:
+        run([in_memory(values)], [Target(values.shape, values.dtype, storage=storage, layout=storage.layout)], None, storage.pool)
+    return wrap_stored(storage, storage.layout, chunks)
+
+
+def write(target: Handle, value: Expr, scheduler: str | None = None) -> None:
+    """Write ``value``, of any dtype that casts safely enough and broadcasts, over the stored array ``target``."""
+    storage, layout = target._storage, target._layout
+    assert storage is not None and layout is not None
+    line = user_line()
+    if value.dtype != layout.dtype:
+        value = make(Elementwise, value.shape, layout.dtype, "astype", (value,))
+    pool = current_pool()
+    plan_target = Target(layout.shape, layout.dtype, storage=storage, layout=layout)
+    reads_itself = builtins.any(isinstance(n, Stored) and n.storage is storage for n in postorder([value]))
+    if not reads_itself:
+        storage.mend(layout)
+    try:
+        run([value], [plan_target], scheduler, pool)
+    except BaseException as error:
+        storage.after_write(layout, line)  # part of it may be written
+        _tear(storage, layout, error)
+        raise
+    storage.after_write(layout, line)
+
+
+def _tear(storage: Storage, layout: Layout, error: BaseException) -> None:
+    if isinstance(error, TornChunkError):
+        storage.tear(layout, str(error))
+
+
+def plan_of(nodes: Sequence[Expr]) -> Plan:
+    """Return the plan that computing ``nodes`` would run."""
+    targets = [Target(n.shape, n.dtype, array=np.empty(n.shape, n.dtype)) for n in nodes]
+    return build_plan(nodes, targets, current_pool())
+
+
+def run(
+    nodes: Sequence[Expr],
+    targets: Sequence[Target],
+    scheduler: str | None = None,
+    pool: Pool | None = None,
+) -> None:
+    """Fill the targets."""
+    pairs = [(n, t) for n, t in zip(nodes, targets, strict=True) if math.prod(t.shape)]
+    _check_inputs(n for n, _ in pairs)
+    if not pairs:
+        return
+    pool = pool or current_pool()
+    for _, target in pairs:
+        if target.storage is not None:
+            target.storage.before_write()
+    plan = build_plan([n for n, _ in pairs], [t for _, t in pairs], pool)
+    report = pool.run(plan, scheduler or config.scheduler)
+    _warn(report)
+
+
+def _check_inputs(nodes: Iterable[Expr]) -> None:
+    for node in postorder(nodes):
+        if isinstance(node, Stored):
+            layout = Layout(node.offset, node.shape, node.strides, node.dtype)
+            node.storage.check_whole(layout)
+            if node.version is not None:
+                line = node.storage.changed_since(node.version, layout)
+                if line is not None:
+                    raise ChangedInput(
+                        f"the stored array of shape {node.shape} that an expression built at {line_of(node) or 'an unknown line'} reads was "
+                        f"written at {line} before the expression was computed. Compute or persist() the expression before the write, build it "
+                        f"on x.copy(), or on x.live if it is meant to read whatever is there."
+                    )
+
+
+def _warn(report: Report) -> None:
+    for category, message, line in report.warnings:
+        kind = getattr(builtins, category, RuntimeWarning)
+        if not (isinstance(kind, type) and issubclass(kind, Warning)):
+            kind = RuntimeWarning
+        file, _, number = line.rpartition(":")
+        if file and number.isdigit():
+            warnings.warn_explicit(message, kind, file, int(number))
+        else:
+            file, _, number = user_line().rpartition(":")
+            warnings.warn_explicit(message, kind, file or "unknown", int(number or 0))

@@ -1,0 +1,122 @@
+"""What the user holds, without its methods: an expression, or a part of a stored array, under a chunk grid.
+
+Promises: a handle on an expression can be given another expression (``x += 1``); one on a stored array always reads what is
+there now. `wrap` makes the public `Array`, which `array` registers here, so that ``ops`` can return one without knowing it.
+Never put here: operations, computing.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from typing import Any
+
+import numpy as np
+
+from shmarray.chunks import Chunks, default_chunks
+from shmarray.dtypes import checked_dtype
+from shmarray.expr import Expr, Held, InMemory, Stored, make
+from shmarray.storage import Layout, Storage
+
+__all__ = ["Handle", "as_handle", "as_node", "register", "wrap", "wrap_stored"]
+
+_factory: list[type[Handle]] = []
+_held: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
+
+
+class Handle:
+    """An expression, or a part of a storage, with the visible chunk grid."""
+
+    __slots__ = ("__weakref__", "_chunks", "_layout", "_live", "_node", "_storage")
+
+    _node: Expr | None
+    _storage: Storage | None
+    _layout: Layout | None
+    _chunks: Chunks
+    _live: bool
+
+    @property
+    def node(self) -> Expr:
+        """The expression; of a stored array its bytes as they are at this moment."""
+        if self._storage is None:
+            assert self._node is not None
+            return self._node
+        layout = self._layout
+        assert layout is not None
+        version = None if self._live else self._storage.version
+        return make(Stored, layout.shape, layout.dtype, self._storage, layout.offset, layout.strides, version)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of each axis."""
+        return self._layout.shape if self._layout is not None else self._node.shape  # type: ignore[union-attr]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the elements."""
+        return self._layout.dtype if self._layout is not None else self._node.dtype  # type: ignore[union-attr]
+
+    @property
+    def chunks(self) -> Chunks:
+        """The sizes of the chunks along each axis."""
+        return self._chunks
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+
+def register(cls: type[Handle]) -> None:
+    """Name the class that `wrap` makes."""
+    _factory[:] = [cls]
+
+
+def wrap(node: Expr, chunks: Chunks | None = None) -> Any:
+    """Return an `Array` on an expression."""
+    handle = _factory[0].__new__(_factory[0])
+    handle._node, handle._storage, handle._layout, handle._live = node, None, None, False
+    handle._chunks = default_chunks(node.shape, node.dtype) if chunks is None else chunks
+    return handle
+
+
+def wrap_stored(storage: Storage, layout: Layout, chunks: Chunks | None = None, *, live: bool = False) -> Any:
+    """Return an `Array` on part of a storage."""
+    handle = _factory[0].__new__(_factory[0])
+    handle._node, handle._storage, handle._layout, handle._live = None, storage, layout, live
+    handle._chunks = default_chunks(layout.shape, layout.dtype) if chunks is None else chunks
+    return handle
+
+
+def in_memory(array: np.ndarray[Any, Any]) -> InMemory:
+    """Return the node of a NumPy array, read where it lies."""
+    held = _held.get(id(array))
+    if held is None or held.array is not array:
+        held = _held[id(array)] = Held(array)
+    return make(InMemory, array.shape, array.dtype, held)
+
+
+def as_node(value: Any, what: str = "operand") -> Expr | Any:
+    """Return the node of an array-like, or the scalar itself. Raises TypeError for what is no array and no number."""
+    if isinstance(value, Handle):
+        return value.node
+    if isinstance(value, (bool, int, float, complex, np.generic)):
+        if isinstance(value, np.generic):
+            checked_dtype(value.dtype, what)
+        return value
+    array = np.asarray(value)
+    try:
+        checked_dtype(array.dtype, what)
+    except TypeError:
+        raise TypeError(f"{what} of type {type(value).__name__} is not an array of numbers: {value!r}"[:300]) from None
+    return in_memory(array) if array.ndim else array[()]
+
+
+def as_handle(value: Any) -> Any:
+    """Return an `Array` over any array-like; NumPy arrays are read where they lie."""
+    if isinstance(value, Handle):
+        return value
+    node = as_node(value)
+    return wrap(node if isinstance(node, Expr) else in_memory(np.asarray(node)))
+
+

@@ -1,0 +1,1 @@
+"""What tasks run: the fused program, and the engines that run it."""

@@ -1,0 +1,116 @@
+"""The fused program: what one task does to a box of its iteration space, as plain values, for every engine.
+
+An iteration space is the shape that all operands of a layer share, after broadcasting. A program reads operands and fills
+(positions to values), applies rows of the elementwise table to registers, and stores registers.
+
+    operands   buffer + offset + strides per iteration axis (length 1 where it broadcasts)
+    registers  one value per step; `varies` says along which axes it is more than one element wide
+    steps      Load, FillStep, Apply, Store: in order, each register written once
+
+Never put here: how a step is executed (`kernels.numpy`), addresses (buffers are numbers until a task runs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shmarray.expr import FillOperation
+from shmarray.region import IndexMap
+
+__all__ = ["Apply", "Constant", "FillStep", "Load", "Operand", "Program", "Register", "Step", "Store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A strided array in a buffer, axis by axis of the iteration space."""
+
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def view(self, map: IndexMap) -> Operand:
+        """Return the operand that ``map`` makes of this one."""
+        offset, strides = map.apply_strides(self.strides)
+        return Operand(self.buffer, self.offset + offset, map.shape, strides, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    dtype: np.dtype[Any]
+    varies: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    out: int
+    operand: int
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A NumPy scalar, one for the whole space."""
+
+    out: int
+    value: np.generic
+
+
+@dataclass(frozen=True, slots=True)
+class FillStep:
+    """Values made from position; ``map`` leads from the iteration space to the fill's own index space."""
+
+    out: int
+    operation: FillOperation
+    map: IndexMap
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Row ``name`` on ``args``, each a register ("r", number) or a scalar ("c", value)."""
+
+    outs: tuple[int, ...]
+    name: str
+    args: tuple[tuple[str, Any], ...]
+    params: tuple[tuple[str, Any], ...]
+    errstate: tuple[tuple[str, str], ...]
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    register: int
+    operand: int
+
+
+Step = Load | Constant | FillStep | Apply | Store
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    shape: tuple[int, ...]
+    operands: tuple[Operand, ...]
+    registers: tuple[Register, ...]
+    steps: tuple[Step, ...]
+
+    def check(self) -> None:
+        """Assert that each register is written once, before it is read, and that operands fit the space."""
+        written: set[int] = set()
+        for step in self.steps:
+            match step:
+                case Store():
+                    assert step.register in written
+                    assert self.operands[step.operand].shape == self.shape
+                    continue
+                case Apply():
+                    assert all(value in written for kind, value in step.args if kind == "r")
+                    outs = step.outs
+                case _:
+                    outs = (step.out,)
+            assert not written.intersection(outs)
+            written.update(outs)
+        for operand in self.operands:
+            assert all(n in (1, m) for n, m in zip(operand.shape, self.shape, strict=True)), (operand.shape, self.shape)

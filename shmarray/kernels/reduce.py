@@ -1,0 +1,181 @@
+"""Reductions in the NumPy engine: the partial step of each tile, fused with the program before it; the fold of the partials.
+
+    tile (kept box x reduced box)  --blocks in C order-->  leaves  --pairwise tree-->  states  -->  partial[split, kept box]
+    finish: for a kept box, partial[0..S)  --pairwise tree-->  states  -->  result
+
+Promises: the tree over leaves is fixed by the grid, so results are bit-identical whoever computes which tile. Extra memory is the
+partials: a constant (`tiles.MOST_PARTIAL_ITEMS`), however large the input; none when no reduced axis is cut.
+Never put here: what a reduction means (`ops.reductions_table`), grids (`tiles`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scheduler.segments import Remote
+from scheduler.task import Context
+from shmarray.kernels.numpy import Evaluator, Window, open_window, put
+from shmarray.kernels.program import Operand, Program
+from shmarray.ops.reductions_table import REDUCTIONS, Part, States
+from shmarray.region import Box
+from shmarray.tiles import Grid, block_sizes, blocks
+
+__all__ = ["FinishKernel", "ReduceKernel", "ReduceSpec", "Tree"]
+
+NDArray = np.ndarray[Any, Any]
+
+
+class Tree:
+    """Pairwise merging of states that arrive in order: the binary counter of merge sort, log2(n) states deep."""
+
+    __slots__ = ("combine", "stack")
+
+    def __init__(self, combine: Callable[[States, States, int, int], States]) -> None:
+        self.combine = combine
+        self.stack: list[tuple[int, States, int]] = []  # (level, states, items seen)
+
+    def push(self, states: States, count: int) -> None:
+        level = 0
+        stack = self.stack
+        while stack and stack[-1][0] == level:
+            _, before, seen = stack.pop()
+            states = self.combine(before, states, seen, count)
+            count += seen
+            level += 1
+        stack.append((level, states, count))
+
+    def result(self) -> tuple[States, int]:
+        _, states, count = self.stack.pop()
+        while self.stack:
+            _, before, seen = self.stack.pop()
+            states = self.combine(before, states, seen, count)
+            count += seen
+        return states, count
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceSpec:
+    """One reduction of a layer: of register ``register``, into ``partials`` (one per state: split, then axes) or ``out``."""
+
+    kind: str
+    register: int
+    dtype: np.dtype[Any]
+    params: tuple[tuple[str, Any], ...]
+    state_dtypes: tuple[np.dtype[Any], ...]
+    partials: tuple[Operand, ...]
+    out: Operand | None
+    label: str
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceKernel:
+    """Computes a program and, in the same pass, the partial step of reductions over ``axes``; stores of the program run, too."""
+
+    program: Program
+    grid: Grid
+    axes: tuple[int, ...]
+    specs: tuple[ReduceSpec, ...]
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        evaluator = Evaluator(self.program, context)
+        grid, axes = self.grid, self.axes
+        sizes = block_sizes(grid.sizes)
+        rows = [REDUCTIONS[spec.kind] for spec in self.specs]
+        params = [dict(spec.params) for spec in self.specs]
+        partials = [[open_window(context, operand) for operand in spec.partials] for spec in self.specs]
+        outs = [None if spec.out is None else open_window(context, spec.out) for spec in self.specs]
+        watch = _Watch(context)
+
+        def run(index: int) -> None:
+            tile = grid.box(index)
+            split = _split_number(grid, axes, tile)
+            kept = tuple([slice(0, 1) if a in axes else piece for a, piece in enumerate(tile)])
+            kept_sizes = tuple([1 if a in axes else size for a, size in enumerate(sizes)])
+            reduced = tuple([piece if a in axes else slice(0, 1) for a, piece in enumerate(tile)])
+            reduced_sizes = tuple([size if a in axes else 1 for a, size in enumerate(sizes)])
+            with evaluator.errstate():
+                for kept_block in blocks(kept, kept_sizes):
+                    trees = [Tree(row.combine) for row in rows]
+                    for reduced_block in blocks(reduced, reduced_sizes):
+                        box = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_block, reduced_block, strict=True))])
+                        values = evaluator.run(box)
+                        shape = tuple([piece.stop - piece.start for piece in box])
+                        count = math.prod([shape[a] for a in axes])
+                        part = Part(box, grid.shape, axes)
+                        for spec, row, extra, tree in zip(self.specs, rows, params, trees, strict=True):
+                            value = values[spec.register]
+                            if value.shape != shape:
+                                value = np.broadcast_to(value, shape)
+                            with watch.on(spec):
+                                tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
+                    for spec, row, extra, tree, windows, out in zip(self.specs, rows, params, trees, partials, outs, strict=True):
+                        with watch.on(spec):
+                            states, count = tree.result()
+                            if out is not None:
+                                put(out, kept_block, row.finish(states, count, spec.dtype, extra))
+                        for window, state in zip(windows, states, strict=False):
+                            put(window, (slice(split, split + 1), *kept_block), state[None])
+
+        return run
+
+
+def _split_number(grid: Grid, axes: tuple[int, ...], tile: Box) -> int:
+    split = 0
+    for a in axes:
+        split = split * -(-grid.shape[a] // grid.sizes[a]) + tile[a].start // grid.sizes[a]
+    return split
+
+
+class _Watch:
+    """Names the reduction in the warnings that NumPy would give for it."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.spec: ReduceSpec | None = None
+
+    def on(self, spec: ReduceSpec) -> np.errstate:
+        self.spec = spec
+        return np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warn)
+
+    def _warn(self, problem: str, flag: int) -> None:
+        if self.spec is not None:
+            self.context.warn("RuntimeWarning", f"{problem} encountered in {self.spec.label}", self.spec.line)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishKernel:
+    """Folds the partials of one reduction and writes the result, box by box of the kept axes."""
+
+    spec: ReduceSpec
+    out: Operand
+    splits: tuple[int, ...]  # items each split has seen, per output item
+    grid: Grid
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        spec = self.spec
+        row, params = REDUCTIONS[spec.kind], dict(spec.params)
+        windows = [open_window(context, operand) for operand in spec.partials]
+        out = open_window(context, self.out)
+        watch = _Watch(context)
+
+        def run(index: int) -> None:
+            box = self.grid.box(index)
+            with watch.on(spec):
+                tree = Tree(row.combine)
+                for split, count in enumerate(self.splits):
+                    tree.push(tuple([_get(window, split, box) for window in windows]), count)
+                states, total = tree.result()
+                put(out, box, row.finish(states, total, spec.dtype, params))
+
+        return run
+
+
+def _get(window: Window, split: int, box: Box) -> NDArray:
+    part = window[(slice(split, split + 1), *box)]
+    return (part.read() if isinstance(part, Remote) else part)[0]

@@ -1,0 +1,90 @@
+"""Scans in the NumPy engine: the running result of a ufunc along one axis, fused with the program before it.
+
+Where the other axes give enough tasks, a task walks its axis alone. Otherwise the axis is cut into segments: partials of each
+segment (`reduce`), their running result (`CarryKernel`), then every segment from its carry, all at once.
+Never put here: what to cut (`plan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scheduler.segments import Remote
+from scheduler.task import Context
+from shmarray.kernels.numpy import Evaluator, open_window, put
+from shmarray.kernels.program import Operand, Program
+from shmarray.tiles import Grid, block_sizes, blocks
+
+__all__ = ["CarryKernel", "ScanKernel"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScanKernel:
+    """Writes the running ``ufunc`` of register ``register`` along ``axis``, tile by tile; ``carry``: what came before a tile."""
+
+    program: Program
+    grid: Grid
+    axis: int
+    ufunc: str
+    register: int
+    out: Operand
+    carry: Operand | None
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        evaluator = Evaluator(self.program, context)
+        ufunc = getattr(np, self.ufunc)
+        axis, dtype = self.axis, self.out.dtype
+        target = open_window(context, self.out)
+        carries = None if self.carry is None else open_window(context, self.carry)
+        sizes = block_sizes(self.grid.sizes)
+        across = tuple(1 if a == axis else size for a, size in enumerate(sizes))
+
+        def run(index: int) -> None:
+            tile = self.grid.box(index)
+            kept = tuple([slice(0, 1) if a == axis else piece for a, piece in enumerate(tile)])
+            segment = tile[axis].start // self.grid.sizes[axis]
+            with evaluator.errstate():
+                for lanes in blocks(kept, across):
+                    carry = None
+                    if carries is not None and segment:
+                        part = carries[(slice(segment - 1, segment), *lanes)]
+                        carry = (part.read() if isinstance(part, Remote) else part)[0]
+                    for low in range(tile[axis].start, tile[axis].stop, sizes[axis]):
+                        piece = slice(low, min(low + sizes[axis], tile[axis].stop))
+                        box = tuple([piece if a == axis else lane for a, lane in enumerate(lanes)])
+                        value = evaluator.run(box)[self.register]
+                        shape = tuple([p.stop - p.start for p in box])
+                        if value.shape != shape:
+                            value = np.broadcast_to(value, shape)
+                        result = ufunc.accumulate(value, axis=axis, dtype=dtype)
+                        if carry is not None:
+                            result = ufunc(carry, result)
+                        put(target, box, result)
+                        carry = result[tuple([slice(-1, None) if a == axis else slice(None) for a in range(len(box))])]
+
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class CarryKernel:
+    """Turns the partials of segments (axis 0) into their running result."""
+
+    ufunc: str
+    partials: Operand
+    out: Operand
+    grid: Grid
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        ufunc = getattr(np, self.ufunc)
+        source, target = open_window(context, self.partials), open_window(context, self.out)
+
+        def run(index: int) -> None:
+            box = (slice(0, self.partials.shape[0]), *self.grid.box(index))
+            part = source[box]
+            put(target, box, ufunc.accumulate(part.read() if isinstance(part, Remote) else part, axis=0))
+
+        return run

@@ -1,0 +1,1 @@
+"""What arrays can do: a family of operations per file; a new operation is added in one of them."""

@@ -1,0 +1,148 @@
+"""Elementwise functions of arrays: every row of the table under NumPy's name, and those made of rows.
+
+Promises: NumPy's promotion, broadcasting and errors at the line that builds the expression; nothing runs.
+To add an operation, add a row to ``ops/table.py``: its function appears here by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from shmarray.chunks import broadcast_chunks
+from shmarray.dtypes import checked_dtype, result_dtypes
+from shmarray.expr import Elementwise, Expr, exact, make
+from shmarray.handle import Handle, as_handle, as_node, wrap
+from shmarray.ops.table import ROWS, row_for
+from shmarray.region import broadcast_shape
+
+__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "isclose", "nan_to_num", "real_if_close", "round", "where"]
+
+_DEFAULT_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+
+
+def apply(name: str, *args: Any, **params: Any) -> Any:
+    """Return row ``name`` of array-likes and scalars: an `Array`, or a tuple of them where the row has several outputs."""
+    row = row_for(name)
+    nodes = [as_node(a, f"operand of {name}") for a in args]
+    shape = broadcast_shape(*(n.shape for n in nodes if isinstance(n, Expr)))
+    if "dtype" in params:
+        params["dtype"] = checked_dtype(params["dtype"])
+    given = tuple(n.dtype if isinstance(n, Expr) else n for n in nodes)
+    dtypes = _inferred(_Call(name, given, tuple(params.items())))
+    state = np.geterr()
+    errstate = () if state == _DEFAULT_ERRSTATE else tuple((k, v) for k, v in state.items() if _DEFAULT_ERRSTATE[k] != v)
+    chunks = broadcast_chunks(shape, [(a.shape, a.chunks) for a in args if isinstance(a, Handle)])
+    outputs = tuple(
+        wrap(make(Elementwise, shape, dtypes[k], name, tuple(nodes), tuple(sorted(params.items())), k, errstate), chunks)
+        for k in range(row.nout)
+    )
+    return outputs if row.nout > 1 else outputs[0]
+
+
+class _Call:
+    """A hashable question to NumPy: which dtypes does this give?"""
+
+    __slots__ = ("args", "key", "name", "params")
+
+    def __init__(self, name: str, args: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> None:
+        self.name, self.args, self.params = name, args, params
+        self.key = (name, exact(args), exact(params))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Call) and self.key == other.key
+
+
+@lru_cache(maxsize=4096)
+def _inferred(call: _Call) -> tuple[np.dtype[Any], ...]:
+    return result_dtypes(row_for(call.name).numpy, call.args, dict(call.params))
+
+
+def astype(x: Any, dtype: Any, *, casting: str = "unsafe", copy: bool = True) -> Any:
+    """Return ``x`` with another dtype. Raises TypeError when ``casting`` forbids it, as NumPy does."""
+    x = as_handle(x)
+    dtype = checked_dtype(dtype)
+    if not np.can_cast(x.dtype, dtype, casting=casting):  # type: ignore[arg-type]
+        raise TypeError(f"Cannot cast array data from {x.dtype!r} to {dtype!r} according to the rule {casting!r}")
+    if dtype == x.dtype:
+        return x
+    return wrap(make(Elementwise, x.shape, dtype, "astype", (x.node,)), x.chunks)
+
+
+def where(condition: Any, x: Any = None, y: Any = None, /) -> Any:
+    """Return elements of ``x`` where ``condition`` holds and of ``y`` elsewhere.
+
+    >>> import shmarray as sa
+    >>> sa.where(sa.arange(4) > 1, 10, 20).compute()
+    array([20, 20, 10, 10])
+    """
+    if x is None or y is None:
+        raise ValueError("where(condition) alone gives as many indices as there are True elements; use np.nonzero(condition.compute())")
+    return apply("where", condition, x, y)
+
+
+def clip(a: Any, a_min: Any = None, a_max: Any = None, **bounds: Any) -> Any:
+    """Return ``a`` limited to [``a_min``, ``a_max``]; either may be None. ``min=`` and ``max=`` are accepted as well."""
+    a_min, a_max = bounds.get("min", a_min), bounds.get("max", a_max)
+    if a_min is None and a_max is None:
+        return as_handle(a)
+    if a_min is None:
+        return apply("minimum", a, a_max)
+    if a_max is None:
+        return apply("maximum", a, a_min)
+    return apply("clip", a, a_min, a_max)
+
+
+def round(a: Any, decimals: int = 0) -> Any:
+    """Return ``a`` rounded to ``decimals`` places, halves to even."""
+    return apply("round", a, decimals=int(decimals))
+
+
+def isclose(a: Any, b: Any, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False) -> Any:
+    """Return where ``|a - b| <= atol + rtol * |b|``."""
+    return apply("isclose", a, b, rtol=rtol, atol=atol, equal_nan=equal_nan)
+
+
+def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
+    """Return ``x`` with NaN and infinities replaced."""
+    return apply("nan_to_num", x, nan=nan, posinf=posinf, neginf=neginf)
+
+
+def real_if_close(a: Any) -> Any:
+    """Return ``a``: whether imaginary parts vanish is known only after computing."""
+    return as_handle(a)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    row = ROWS[name]
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if len(args) != row.nin and not kwargs:
+            raise TypeError(f"{name}() takes {row.nin} positional argument{'s' * (row.nin != 1)} but {len(args)} were given")
+        if isinstance(row.numpy, np.ufunc) and kwargs:
+            first = as_handle(args[0]) if args and not any(isinstance(a, Handle) for a in args) else None
+            return row.numpy(*((first, *args[1:]) if first is not None else args), **kwargs)
+        return apply(name, *args, **kwargs)
+
+    own = (row.numpy.__doc__ or "").strip().split("\n\n")
+    summary = next((p for p in own if p and not p.startswith(name + "(")), f"{name}, element by element.")
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = (
+        f"{' '.join(summary.split())}\n\n    Lazy; operands broadcast, dtypes as NumPy's ``{name}``. ``out=``, ``where=`` and ``dtype=`` as there.\n"
+    )
+    return function
+
+
+_OWN = {"where", "clip", "round", "isclose", "nan_to_num", "astype"}
+ELEMENTWISE: dict[str, Callable[..., Any]] = {name: _function(name) for name in ROWS if name not in _OWN}
+for _alias in sorted(dir(np)):
+    _target = getattr(np, _alias)
+    if isinstance(_target, np.ufunc) and _target.signature is None and _alias not in ELEMENTWISE:
+        ELEMENTWISE[_alias] = ELEMENTWISE[_target.__name__]
+ELEMENTWISE |= {"where": where, "clip": clip, "round": round, "around": round, "isclose": isclose, "nan_to_num": nan_to_num, "astype": astype}

@@ -1,0 +1,841 @@
+"""From optimised expressions to a plan: which nodes get memory, what is fused into one layer, what each layer depends on.
+
+    roots --optimise--> nodes --memory nodes, levels--> groups --programs, grids--> layers --hazards--> scheduler.task.Plan
+
+A *memory node* has bytes of its own: a root, a reduction, scan, block, assembly or reshape, a kept elementwise node, a source
+only the driver reads. Everything elementwise between memory nodes is fused into the layers that need it, computed again rather than
+stored where that is cheap. Memory nodes of one level and one iteration space that read the same source share a layer, so
+``mean`` and ``std`` of one array read it once.
+
+Promises: cost grows with nodes, not with tiles or chunks; a layer depends on every earlier layer that wrote what it reads, and
+on those that touched what it writes.
+Never put here: how kernels compute, who runs tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scheduler.run import Pool
+from scheduler.task import DRIVER, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
+from shmarray.dtypes import result_dtypes
+from shmarray.expr import (
+    Assemble,
+    Block,
+    Elementwise,
+    Expr,
+    Fill,
+    Foreign,
+    InMemory,
+    Reduction,
+    Reshape,
+    Scan,
+    Stored,
+    View,
+    exact,
+    line_of,
+    postorder,
+)
+from shmarray.kernels.numpy import BlockGrid, BlockKernel, CopyInKernel, MapKernel
+from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Register, Step, Store
+from shmarray.kernels.reduce import FinishKernel, ReduceKernel, ReduceSpec
+from shmarray.kernels.scan import CarryKernel, ScanKernel
+from shmarray.optimise import optimise, weight_below
+from shmarray.ops.reductions_table import REDUCTIONS
+from shmarray.ops.table import row_for
+from shmarray.region import IndexMap, c_strides, identity_map
+from shmarray.storage import Layout, Storage
+from shmarray.tiles import BLOCK_ITEMS, ENOUGH_TASKS, REDUCTION_TILE_ITEMS, TILE_ITEMS, Grid, map_grid, reduction_grid, slab_sizes
+
+__all__ = ["Target", "build_plan"]
+
+SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a root goes: a NumPy array of this process, or part of a storage."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    array: np.ndarray[Any, Any] | None = None
+    storage: Storage | None = None
+    layout: Layout | None = None
+
+
+def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> Plan:
+    """Return the plan that fills ``targets`` with ``roots``, which have their shapes and dtypes."""
+    optimised = optimise(tuple(roots))
+    builder = _Builder(pool, frozenset(optimised.kept))
+    for target in targets:
+        builder.add_target(target)
+    builder.build(optimised.roots)
+    return builder.plan()
+
+
+def _is_leaf(node: Expr) -> bool:
+    return isinstance(node, (Stored, InMemory, Fill))
+
+
+def _constant_of(node: Expr) -> np.generic | None:
+    """Return the one value of a constant array, or None."""
+    while isinstance(node, View):
+        node = node.x
+    value = getattr(node.operation, "value", None) if isinstance(node, Fill) else None
+    return value if isinstance(value, np.generic) else None
+
+
+@dataclass
+class _LayerDraft:
+    kernel: Kernel
+    ntasks: int
+    name: str
+    line: str
+    reads: dict[int, None]
+    writes: dict[int, None]
+    grid: Grid | None  # of the iteration space, where the kernel has one
+    loads: tuple[Operand, ...]
+    stores: tuple[Operand, ...]
+    nbytes_per_task: int
+    place: str = "worker"
+    describe: Callable[[int], str] | None = None
+    dependencies: list[Dependency] = field(default_factory=list)
+    retry: bool = True
+
+
+class _Builder:
+    """Grows one plan: buffers, layers, and which layers last wrote or read each buffer."""
+
+    def __init__(self, pool: Pool, kept: frozenset[Expr]) -> None:
+        self.pool = pool
+        self.kept = kept
+        self.buffers: list[Buffer] = []
+        self.layers: list[_LayerDraft] = []
+        self.operands: dict[Expr, Operand] = {}  # memory nodes and leaves that lie somewhere already
+        self.storage_buffers: dict[int, int] = {}
+        self.array_buffers: dict[int, int] = {}
+        self.locks: dict[tuple[int, int, int], str] = {}
+        self.keep: list[Any] = []
+        self.writers: dict[int, list[int]] = {}
+        self.readers: dict[int, list[int]] = {}
+        self.targets: list[Operand] = []
+        self.target_views: list[tuple[Storage, Layout]] = []
+        self.outputs: set[Expr] = set()  # roots that are computed in place wherever else they are needed
+        self.isolated = False
+        self.scratch = 0
+
+    # --- memory ----------------------------------------------------------------------------------------------------------
+
+    def temporary(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Operand:
+        """Return a new C-ordered array in the arena, allocated and freed by the run."""
+        self.buffers.append(Buffer(max(1, math.prod(shape) * dtype.itemsize)))
+        return Operand(len(self.buffers) - 1, 0, shape, c_strides(shape, dtype.itemsize), dtype)
+
+    def _bound(self, nbytes: int, address: Address) -> int:
+        self.buffers.append(Buffer(nbytes, address))
+        return len(self.buffers) - 1
+
+    def of_storage(self, storage: Storage, layout: Layout, mode: str) -> Operand:
+        """Return the operand of part of a stored array, and ask for its cells."""
+        buffer = self.storage_buffers.get(storage.identity)
+        if buffer is None:
+            buffer = self.storage_buffers[storage.identity] = self._bound(storage.nbytes, storage.address(self.pool))
+            self.keep.extend((storage, storage.extent))
+        for request in storage.requests(layout, mode):
+            key = (request.extent, request.start, request.stop)
+            self.locks[key] = "w" if "w" in (mode, self.locks.get(key)) else "r"
+        return Operand(buffer, layout.offset, layout.shape, layout.strides, layout.dtype)
+
+    def of_array(self, array: np.ndarray[Any, Any]) -> Operand:
+        """Return the operand of a NumPy array of this process."""
+        owner = array if array.base is None else array.base
+        key = id(array)
+        buffer = self.array_buffers.get(key)
+        if buffer is None:
+            buffer = self.array_buffers[key] = self._bound(max(1, array.nbytes), Address(DRIVER, int(array.ctypes.data)))
+            self.keep.extend((array, owner))
+        return Operand(buffer, 0, array.shape, array.strides, array.dtype)
+
+    def add_target(self, target: Target) -> None:
+        if target.array is not None:
+            self.targets.append(self.of_array(target.array))
+            return
+        assert target.storage is not None and target.layout is not None
+        self.target_views.append((target.storage, target.layout))
+        self.targets.append(self.of_storage(target.storage, target.layout, "w"))
+
+    def operand(self, node: Expr) -> Operand | None:
+        """Return where a node lies already, or None."""
+        match node:
+            case Stored():
+                return self.of_storage(node.storage, Layout(node.offset, node.shape, node.strides, node.dtype), "r")
+            case InMemory():
+                return self.of_array(node.held.array)
+            case View():
+                base = self.operand(node.x)
+                return None if base is None else base.view(node.map)
+            case Reshape():
+                base = self.operands.get(node.x)
+                if base is None:
+                    return None
+                return Operand(base.buffer, base.offset, node.shape, c_strides(node.shape, node.dtype.itemsize), node.dtype)
+            case _:
+                return self.operands.get(node)
+
+    # --- what becomes a layer --------------------------------------------------------------------------------------------
+
+    def build(self, roots: Sequence[Expr]) -> None:
+        """Add the layers that fill the targets with ``roots``."""
+        conflicts = self._conflicting(roots)
+        outputs: list[tuple[Expr, Operand]] = []
+        finals: list[tuple[Expr, Operand]] = []
+        for root, target in zip(roots, self.targets, strict=True):
+            if math.prod(root.shape) == 0:
+                continue
+            if target in conflicts:
+                staged = self.temporary(target.shape, root.dtype)
+                outputs.append((root, staged))
+                finals.append((root, target))
+            else:
+                outputs.append((root, target))
+        wanted: dict[Expr, Operand] = {}
+        extra: list[tuple[Expr, Operand]] = []
+        for root, target in outputs:
+            node, place = self._memory_root(root, target)
+            if node in wanted:
+                extra.append((node, place))
+            else:
+                wanted[node] = place
+        self._build_groups(wanted)
+        for node, place in extra:
+            self.operands.setdefault(node, wanted[node])
+            self._emit_map([(node, place)])
+        for (_, place), (root, staged) in zip(finals, [(r, o) for r, o in outputs if r in {f for f, _ in finals}], strict=False):
+            self._copy(staged, place, line_of(root))
+
+    def _conflicting(self, roots: Sequence[Expr]) -> set[Operand]:
+        """Return the targets that a root reads elsewhere than where it writes: these are computed aside first."""
+        found: set[Operand] = set()
+        placed = {s.identity: (s, layout) for s, layout in self.target_views}
+        if not placed:
+            return found
+        spots = {node for node in postorder(roots) if isinstance(node, Stored) and node.storage.identity in placed}
+        if not spots:
+            return found
+        for root, target in zip(roots, self.targets, strict=True):
+            fused = set(self._program_nodes(root)) if isinstance(root, Elementwise) else set()
+            for storage, layout in self.target_views:
+                if self.storage_buffers[storage.identity] != target.buffer:
+                    continue
+                for node in spots:
+                    if node.storage is not storage:
+                        continue
+                    here = Layout(node.offset, node.shape, node.strides, node.dtype)
+                    aligned = _pad_layout(here, layout.shape) == layout
+                    if node in fused and aligned:
+                        continue  # read and written at one place by one task
+                    if storage.overlap(here, layout) and (node in fused or not isinstance(root, Elementwise) or len(roots) > 1):
+                        found.add(target)
+        return found
+
+    def _program_nodes(self, root: Expr) -> Iterable[Expr]:
+        """Yield what is computed within the task that computes ``root``, down to memory."""
+        return postorder([root], lambda n: n.inputs if isinstance(n, Elementwise) and (n is root or not self._has_memory(n)) else ())
+
+    def _has_memory(self, node: Expr) -> bool:
+        return node in self.operands or node in self.kept or not isinstance(node, (Elementwise, View, Fill, Stored, InMemory))
+
+    def _memory_root(self, root: Expr, target: Operand) -> tuple[Expr, Operand]:
+        """Return the memory node to compute straight into ``target``, seen through a view or reshape where that is possible."""
+        while True:
+            if isinstance(root, View) and not _is_leaf(root.x) and not isinstance(root.x, Foreign):
+                inner = _through(target, root.map, root.x)
+                if inner is None:
+                    return root, target
+                root, target = root.x, inner
+            elif isinstance(root, Reshape) and target.strides == c_strides(target.shape, target.dtype.itemsize):
+                root, target = root.x, Operand(target.buffer, target.offset, root.x.shape, c_strides(root.x.shape, root.dtype.itemsize), root.dtype)
+            else:
+                return root, target
+
+    def _build_groups(self, wanted: dict[Expr, Operand]) -> None:
+        """Find the memory nodes below ``wanted``, level by level, and emit their layers."""
+        memory = self._memory_nodes(wanted)
+        order = [n for n in postorder(wanted) if n in memory or n in self.outputs]
+        levels: dict[Expr, int] = {}
+        for node in order:
+            levels[node] = 1 + max((levels[n] for n in self._feeds(node, memory)), default=-1)
+        pending = sorted(order, key=lambda n: levels[n])
+        position = 0
+        while position < len(pending):
+            level = levels[pending[position]]
+            here = []
+            while position < len(pending) and levels[pending[position]] == level:
+                here.append(pending[position])
+                position += 1
+            self._emit_level(here, wanted, memory)
+
+    def _memory_nodes(self, wanted: dict[Expr, Operand]) -> set[Expr]:
+        memory = {n for n in postorder(wanted) if n in wanted or n in self.kept or not isinstance(n, (Elementwise, View, Fill, Stored, InMemory))}
+        for node in list(memory):
+            if isinstance(node, Reshape):
+                memory.discard(node)
+                memory.add(node.x)
+            if isinstance(node, Block) and node.operation.memory_inputs:
+                memory.update(_memory_base(a) for a in node.args)
+        memory = {n for n in memory if not (isinstance(n, (Stored, InMemory, View)) and n not in wanted)}
+        weights = weight_below(list(postorder(wanted)))
+        users: dict[Expr, set[Any]] = {}  # elementwise node -> the passes it is computed in
+        for node in memory:
+            if not _is_leaf(node):
+                for inner in self._inside(node, memory):
+                    if isinstance(inner, Elementwise) and inner is not node:
+                        users.setdefault(inner, set()).add(_pass_key(node))
+        # A root that others are made of is computed along with them where they share a space, not read back.
+        for root in wanted:
+            if isinstance(root, Elementwise) and root not in self.kept:
+                passes = users.get(root, set())
+                if all(key[0] == root.shape for key in passes) and (len(passes) < 2 or weights[root] <= SHARED_WEIGHT_LIMIT):
+                    memory.discard(root)
+        self.outputs = {root for root in wanted if root not in memory}
+        # A costly chain that several passes need is computed once; of a chain only its last shared node.
+        shared = {n for n, passes in users.items() if len(passes) > 1 and weights[n] > SHARED_WEIGHT_LIMIT and n not in memory}
+        covered = {x for n in shared for x in n.inputs if x in shared and users[n] >= users[x]}
+        memory.update(shared - covered)
+        return memory
+
+    def _inside(self, node: Expr, memory: set[Expr]) -> Iterable[Expr]:
+        """Yield the nodes computed within the layer of memory node ``node`` (not itself, unless elementwise)."""
+        starts = [node] if isinstance(node, Elementwise) else list(node.inputs)
+        return postorder(starts, lambda n: n.inputs if (n is node or n not in memory) and isinstance(n, (Elementwise, View)) else ())
+
+    def _feeds(self, node: Expr, memory: set[Expr]) -> Iterable[Expr]:
+        """Yield the memory nodes that the layer of ``node`` reads."""
+        for inner in postorder(node.inputs, lambda n: () if n in memory else n.inputs):
+            if inner in memory:
+                yield inner
+
+    def _emit_level(self, nodes: list[Expr], wanted: dict[Expr, Operand], memory: set[Expr]) -> None:
+        maps: list[tuple[Expr, Operand]] = []
+        reductions: list[tuple[Reduction, Operand | None]] = []
+        for node in nodes:
+            place = wanted.get(node)
+            match node:
+                case Reduction():
+                    reductions.append((node, place))
+                case Scan():
+                    self._emit_scan(node, place or self.temporary(node.shape, node.dtype))
+                case Block():
+                    self._emit_block(node, place or self.temporary(node.shape, node.dtype))
+                case Assemble():
+                    self._emit_assembly(node, place or self.temporary(node.shape, node.dtype))
+                case Foreign():
+                    place = place or self.temporary(node.shape, node.dtype)
+                    self._emit_foreign(node, place)
+                case _:
+                    maps.append((node, place or self.temporary(node.shape, node.dtype)))
+        groups: dict[Any, list[tuple[Reduction, Operand | None]]] = {}
+        for reduction, place in reductions:
+            groups.setdefault((reduction.x.shape, reduction.axes), []).append((reduction, place))
+        spaces: dict[tuple[int, ...], list[tuple[Expr, Operand]]] = {}
+        for node, place in maps:
+            spaces.setdefault(node.shape, []).append((node, place))
+        for (shape, axes), members in groups.items():
+            for cluster in _clusters([(m, self._sources(m[0], memory)) for m in members]):
+                sources = set().union(*(self._sources(m[0], memory) for m in cluster))
+                along = [m for m in spaces.get(shape, ()) if sources & self._sources(m[0], memory)]
+                spaces[shape] = [m for m in spaces.get(shape, ()) if m not in along]
+                self._emit_reduction(cluster, along, shape, axes)
+        for members in spaces.values():
+            for group in _clusters([(m, self._sources(m[0], memory)) for m in members]):
+                self._emit_map(group)
+
+    def _sources(self, node: Expr, memory: set[Expr]) -> set[Any]:
+        """Return what a layer for ``node`` reads, to see which layers share a pass."""
+        found: set[Any] = set()
+        for inner in self._inside(node, memory):
+            if isinstance(inner, Stored):
+                found.add(inner.storage.identity)
+            elif isinstance(inner, InMemory) or (inner in memory and inner is not node):
+                found.add(inner)
+        return found
+
+    # --- layers ----------------------------------------------------------------------------------------------------------
+
+    def _emit_map(self, members: list[tuple[Expr, Operand]]) -> None:
+        """One layer that computes elementwise nodes (or copies) of one shape."""
+        shape = members[0][0].shape
+        writer = _ProgramWriter(self, shape)
+        for node, place in members:
+            writer.store(writer.add(node, force=True), place)
+        program = writer.program()
+        grid = map_grid(shape)
+        names = _layer_name([n for n, _ in members], "copy")
+        self._add(
+            _LayerDraft(
+                MapKernel(program, grid), grid.ntasks, names, line_of(members[-1][0]), {}, {}, grid,
+                writer.loaded(), tuple(p for _, p in members), writer.cost(grid),
+            )
+        )  # fmt: skip
+        for node, place in members:
+            self.operands.setdefault(node, place)
+
+    def _copy(self, source: Operand, target: Operand, line: str) -> None:
+        padded = [_broadcast_operand(o, target.shape) for o in (source, target)]
+        registers = (Register(source.dtype, tuple(n != 1 for n in padded[0].shape)),)
+        program = Program(target.shape, tuple(padded), registers, (Load(0, 0), Store(0, 1)))
+        grid = map_grid(target.shape)
+        nbytes = 2 * math.prod(grid.sizes) * source.dtype.itemsize
+        self._add(_LayerDraft(MapKernel(program, grid), grid.ntasks, "copy", line, {}, {}, grid, (padded[0],), (padded[1],), nbytes))
+
+    def _emit_reduction(
+        self, members: list[tuple[Reduction, Operand | None]], along: list[tuple[Expr, Operand]], shape: tuple[int, ...], axes: tuple[int, ...]
+    ) -> None:
+        """One pass for all reductions (and stored results) over one space; a layer each to fold partials, where there are any."""
+        writer = _ProgramWriter(self, shape)
+        grid = reduction_grid(shape, axes)
+        splits = _split_counts(grid, axes)
+        specs: list[ReduceSpec] = []
+        outs: list[tuple[Reduction, Operand]] = []
+        for node, place in along:
+            writer.store(writer.add(node, force=True), place)
+        for node, place in members:
+            register = writer.add(node.x)
+            out = place or self.temporary(node.shape, node.dtype)
+            outs.append((node, out))
+            dtypes = REDUCTIONS[node.kind].states(node.x.dtype, node.dtype)
+            partials: tuple[Operand, ...] = ()
+            if len(splits) > 1:
+                partials = tuple(self.temporary((len(splits), *node.shape), dtype) for dtype in dtypes)
+            params = dict(node.params)
+            label = params.pop("label", node.kind)
+            specs.append(
+                ReduceSpec(
+                    node.kind, register, node.dtype, tuple(params.items()), dtypes, partials,
+                    None if partials else out, label, line_of(node),
+                )
+            )  # fmt: skip
+        program = writer.program()
+        kernel = ReduceKernel(program, grid, axes, tuple(specs))
+        stores = [*(p for _, p in along), *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
+        chain = _layer_name([n for n, _ in along] + [m.x for m, _ in members if isinstance(m.x, Elementwise)], "")
+        name = "-".join(filter(None, [chain, *dict.fromkeys(spec.label for spec in specs)]))
+        self._add(
+            _LayerDraft(
+                kernel, grid.ntasks, name, specs[-1].line, {}, {}, grid, writer.loaded(), tuple(stores), writer.cost(grid) + 8 * len(specs),
+            )
+        )  # fmt: skip
+        for (node, out), spec in zip(outs, specs, strict=True):
+            if spec.partials:
+                fold = Grid(node.shape, slab_sizes(node.shape, max(1, TILE_ITEMS // len(splits))))
+                self._add(
+                    _LayerDraft(
+                        FinishKernel(spec, out, splits, fold), fold.ntasks, f"{spec.label} of partials", spec.line, {}, {}, None,
+                        spec.partials, (out,), 16 * len(splits) * math.prod(fold.sizes),
+                    )
+                )  # fmt: skip
+            self.operands.setdefault(node, out)
+        for node, place in along:
+            self.operands.setdefault(node, place)
+
+    def _emit_scan(self, node: Scan, out: Operand) -> None:
+        shape, axis = node.x.shape, node.axis
+        n = shape[axis]
+        lanes = max(1, math.prod(shape) // max(1, n))
+        writer = _ProgramWriter(self, shape)
+        register = writer.add(node.x)
+        program = writer.program()
+        kept = tuple(1 if a == axis else m for a, m in enumerate(shape))
+        segment = n
+        if math.prod(shape) > REDUCTION_TILE_ITEMS and lanes < ENOUGH_TASKS * 8:
+            segment = max(1, min(n, REDUCTION_TILE_ITEMS // lanes))
+            width = lanes
+        else:
+            width = max(1, min(lanes, max(64, lanes // ENOUGH_TASKS)))
+        sizes = tuple(segment if a == axis else s for a, s in enumerate(slab_sizes(kept, width)))
+        grid = Grid(shape, sizes)
+        carry = None
+        if segment < n:
+            splits = _split_counts(grid, (axis,))
+            row = {"cumsum": "add"}.get(node.ufunc, node.ufunc)
+            shape_of = (len(splits), *kept)
+            partials = self.temporary(shape_of, node.dtype)
+            carry = self.temporary(shape_of, node.dtype)
+            spec = ReduceSpec(row, register, node.dtype, (), (node.dtype,), (partials,), None, node.name, line_of(node))
+            self._add(
+                _LayerDraft(
+                    ReduceKernel(program, grid, (axis,), (spec,)), grid.ntasks, f"{node.name} of segments", line_of(node), {}, {}, grid,
+                    writer.loaded(), (partials,), writer.cost(grid),
+                )
+            )  # fmt: skip
+            lanes_grid = Grid(kept, slab_sizes(kept, TILE_ITEMS))
+            self._add(
+                _LayerDraft(
+                    CarryKernel(node.ufunc, partials, carry, lanes_grid), lanes_grid.ntasks, f"{node.name} of carries", line_of(node), {}, {}, None,
+                    (partials,), (carry,), 16 * len(splits) * math.prod(lanes_grid.sizes),
+                )
+            )  # fmt: skip
+        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry)
+        loads = writer.loaded() if carry is None else (*writer.loaded(), carry)
+        self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), {}, {}, grid, loads, (out,), writer.cost(grid) * 2))
+        self.operands.setdefault(node, out)
+
+    def _emit_block(self, node: Block, out: Operand) -> None:
+        operation = node.operation
+        boxes = BlockGrid.of(operation.grid())
+        programs, results, loads = [], [], []
+        for arg in node.args:
+            where = self.operand(arg)
+            if where is not None:
+                registers = (Register(arg.dtype, (True,) * len(arg.shape)),)
+                programs.append(Program(arg.shape, (where,), registers, (Load(0, 0),)))
+                results.append(None)
+                loads.append(where)
+            else:
+                writer = _ProgramWriter(self, arg.shape)
+                results.append(writer.add(arg))
+                programs.append(writer.program())
+                loads.extend(writer.loaded())
+        kernel = BlockKernel(operation, tuple(programs), tuple(results), out, boxes)
+        ntasks = math.prod(boxes.counts)
+        first = boxes.box(0)
+        self.isolated |= operation.isolated
+        self.scratch = max(self.scratch, operation.scratch(first))
+
+        def describe(index: int) -> str:
+            return f"{operation.name}, chunk {boxes.index(index)}" if operation.isolated else f"{operation.name} {operation.label(boxes.box(index))}"
+
+        self._add(
+            _LayerDraft(
+                kernel, ntasks, operation.name, line_of(node), {}, {}, None, tuple(loads), (out,), operation.cost(first), describe=describe,
+            )
+        )  # fmt: skip
+        self.operands.setdefault(node, out)
+
+    def _emit_assembly(self, node: Assemble, out: Operand) -> None:
+        """The pieces write straight into their part."""
+        for piece, map in zip(node.pieces, node.maps, strict=True):
+            if math.prod(map.shape) == 0:
+                continue
+            part = out.view(map)
+            writer = _ProgramWriter(self, map.shape)
+            register = writer.add(piece, force=True)
+            writer.store(register, part)
+            program = writer.program()
+            grid = map_grid(map.shape)
+            self._add(
+                _LayerDraft(
+                    MapKernel(program, grid), grid.ntasks, node.name, line_of(node), {}, {}, grid, writer.loaded(), (part,), writer.cost(grid),
+                )
+            )  # fmt: skip
+        self.operands.setdefault(node, out)
+
+    def _emit_foreign(self, node: Foreign, out: Operand) -> None:
+        sizes = _source_sizes(node)
+        boxes = BlockGrid.of(tuple(tuple(min(s, n - low) for low in range(0, n, s)) for n, s in zip(node.shape, sizes, strict=True)))
+        kernel = CopyInKernel(node.source, out, boxes)
+        nbytes = math.prod(sizes) * node.dtype.itemsize
+        self._add(
+            _LayerDraft(
+                kernel, math.prod(boxes.counts), f"read {type(node.source).__name__}", line_of(node), {}, {}, None, (), (out,), max(1, nbytes),
+                place="driver",
+            )
+        )  # fmt: skip
+        self.operands.setdefault(node, out)
+
+    # --- dependencies ----------------------------------------------------------------------------------------------------
+
+    def _add(self, draft: _LayerDraft) -> None:
+        position = len(self.layers)
+        draft.reads = {o.buffer: None for o in draft.loads}
+        draft.writes = {o.buffer: None for o in draft.stores}
+        after: dict[int, Callable[[int, int], tuple[int, int]] | None] = {}
+        for buffer in draft.reads:
+            for writer in self.writers.get(buffer, ()):
+                requires = self._requires(draft, writer, buffer)
+                if writer in after and (after[writer] is None or requires is None or after[writer] is not requires):
+                    requires = None
+                after[writer] = requires
+        for buffer in draft.writes:
+            for other in (*self.readers.get(buffer, ()), *self.writers.get(buffer, ())):
+                after[other] = None
+            if buffer in draft.reads:
+                draft.retry = False
+        draft.dependencies = [Dependency(layer, requires) for layer, requires in sorted(after.items(), key=lambda kv: kv[0])]
+        self.layers.append(draft)
+        for buffer in draft.reads:
+            self.readers.setdefault(buffer, []).append(position)
+        for buffer in draft.writes:
+            self.writers.setdefault(buffer, []).append(position)
+
+    def _requires(self, draft: _LayerDraft, writer: int, buffer: int) -> Callable[[int, int], tuple[int, int]] | None:
+        """Return which tasks of ``writer`` tasks of ``draft`` need, where both go through the bytes in one direction."""
+        made = self.layers[writer]
+        if len(self.writers.get(buffer, ())) != 1 or draft.grid is None or made.grid is None:
+            return None
+        if draft.grid.ntasks == 1 or made.grid.ntasks == 1:
+            return None
+        axis, made_axis = draft.grid.slab_axis(), made.grid.slab_axis()
+        stored = [o for o in made.stores if o.buffer == buffer]
+        if axis is None or made_axis is None or len(stored) != 1:
+            return None
+        target = stored[0]
+        if target.shape != made.grid.shape or target.strides != c_strides(target.shape, target.dtype.itemsize):
+            return None
+        itemsize = target.dtype.itemsize
+        per_task = math.prod(made.grid.sizes)
+        loads = [o for o in draft.loads if o.buffer == buffer]
+        grid, ntasks = draft.grid, made.ntasks
+
+        def requires(start: int, stop: int) -> tuple[int, int]:
+            low_box, high_box = grid.box(start), grid.box(stop - 1)
+            low, high = None, None
+            for operand in loads:
+                first = last = operand.offset
+                for n, stride, a, b in zip(operand.shape, operand.strides, low_box, high_box, strict=True):
+                    ends = (0,) if n == 1 else (a.start * stride, (b.stop - 1) * stride)
+                    first += min(ends)
+                    last += max(ends)
+                low = first if low is None else min(low, first)
+                high = last if high is None else max(high, last)
+            assert low is not None and high is not None
+            base = target.offset
+            return (low - base) // itemsize // per_task, min(ntasks, (high - base) // itemsize // per_task + 1)
+
+        return requires
+
+    def plan(self) -> Plan:
+        """Return the finished plan."""
+        layers = []
+        for draft in self.layers:
+            describe = draft.describe or _tile_description(draft)
+            layers.append(
+                Layer(
+                    name=draft.name, kernel=draft.kernel, ntasks=draft.ntasks, reads=tuple(draft.reads), writes=tuple(draft.writes),
+                    dependencies=tuple(draft.dependencies), nbytes_per_task=draft.nbytes_per_task, place=draft.place,
+                    retry=draft.retry, describe=describe, line=draft.line,
+                )
+            )  # fmt: skip
+        locks = tuple(LockRequest(e, a, b, mode) for (e, a, b), mode in sorted(self.locks.items()))
+        return Plan(
+            buffers=tuple(self.buffers), layers=tuple(layers), scratch_nbytes=self.scratch + 16 * BLOCK_ITEMS * 8, isolated=self.isolated,
+            locks=locks, keep=tuple(self.keep),
+        )  # fmt: skip
+
+
+class _ProgramWriter:
+    """Writes the program of one layer: nodes become registers, once each."""
+
+    def __init__(self, builder: _Builder, shape: tuple[int, ...]) -> None:
+        self.builder = builder
+        self.shape = shape
+        self.operands: list[Operand] = []
+        self.operand_numbers: dict[Operand, int] = {}
+        self.registers: list[Register] = []
+        self.steps: list[Step] = []
+        self.known: dict[Expr, int] = {}
+        self.applied: dict[Any, tuple[int, ...]] = {}
+        self.nloads = 0
+        self.weight = 0
+        self.nbytes = 0
+
+    def add(self, root: Expr, force: bool = False) -> int:
+        """Return the register that holds ``root``. ``force``: compute it, though it is a memory node (that of this layer)."""
+
+        def inputs(node: Expr) -> Iterable[Expr]:
+            if node in self.known or not isinstance(node, Elementwise):
+                return ()
+            return () if self.builder.operand(node) is not None and not (force and node is root) else node.inputs
+
+        for node in postorder([root], inputs):
+            if node not in self.known:
+                self.known[node] = self._write(node, force and node is root)
+        return self.known[root]
+
+    def store(self, register: int, place: Operand) -> None:
+        self.steps.append(Store(register, self._operand(_broadcast_operand(place, self.shape))))
+        self.nbytes += place.dtype.itemsize
+
+    def loaded(self) -> tuple[Operand, ...]:
+        return tuple(self.operands[step.operand] for step in self.steps if isinstance(step, Load))
+
+    def cost(self, grid: Grid) -> int:
+        """Return what a tile is worth, in bytes of memory traffic."""
+        return max(1, (self.nbytes + 2 * self.weight) * math.prod(grid.sizes))
+
+    def program(self) -> Program:
+        return Program(self.shape, tuple(self.operands), tuple(self.registers), tuple(self.steps))
+
+    def _operand(self, operand: Operand) -> int:
+        number = self.operand_numbers.get(operand)
+        if number is None:
+            number = self.operand_numbers[operand] = len(self.operands)
+            self.operands.append(operand)
+        return number
+
+    def _register(self, dtype: np.dtype[Any], varies: tuple[bool, ...]) -> int:
+        self.registers.append(Register(dtype, varies))
+        return len(self.registers) - 1
+
+    def _write(self, node: Expr, force: bool) -> int:
+        where = None if force and not _is_leaf(node) and not isinstance(node, View) else self.builder.operand(node)
+        if where is not None:
+            operand = _broadcast_operand(where, self.shape)
+            register = self._register(node.dtype, tuple(n != 1 for n in operand.shape))
+            self.steps.append(Load(register, self._operand(operand)))
+            self.nbytes += node.dtype.itemsize
+            return register
+        constant = _constant_of(node)
+        if constant is not None:
+            register = self._register(node.dtype, (False,) * len(self.shape))
+            self.steps.append(Constant(register, constant))
+            return register
+        if isinstance(node, Fill) or (isinstance(node, View) and isinstance(node.x, Fill)):
+            fill = node if isinstance(node, Fill) else node.x
+            map = identity_map(node.shape) if isinstance(node, Fill) else node.map  # type: ignore[union-attr]
+            register = self._register(node.dtype, _varies(node.shape, self.shape))
+            lead = len(self.shape) - len(map.shape)
+            full = IndexMap((1,) * lead + map.shape, map.offsets, ((-1, 0),) * lead + map.axes)
+            self.steps.append(FillStep(register, fill.operation, full))  # type: ignore[union-attr]
+            self.weight += fill.operation.cost  # type: ignore[union-attr]
+            return register
+        assert isinstance(node, Elementwise), f"{node.name} has no memory"
+        args = tuple(("r", self.known[a]) if isinstance(a, Expr) else ("c", a) for a in node.args)
+        key = (node.op, exact(args), exact(node.params), node.errstate)
+        outs = self.applied.get(key)
+        if outs is None:
+            row = row_for(node.op)
+            # What varies is what the operands vary in: a node may be broadcast beyond them.
+            varies = tuple(
+                any(self.registers[value].varies[a] for kind, value in args if kind == "r") for a in range(len(self.shape))
+            )
+            dtypes = [node.dtype] * row.nout if row.nout == 1 else _output_dtypes(node, row.nout)
+            outs = tuple(self._register(dtype, varies) for dtype in dtypes)
+            self.steps.append(Apply(outs, node.op, args, node.params, node.errstate, line_of(node)))
+            self.applied[key] = outs
+            self.weight += row.weight
+        return outs[node.index]
+
+
+def _output_dtypes(node: Elementwise, nout: int) -> list[np.dtype[Any]]:
+    given = [a.dtype if isinstance(a, Expr) else a for a in node.args]
+    return list(result_dtypes(row_for(node.op).numpy, given, dict(node.params)))
+
+
+def _varies(shape: tuple[int, ...], space: tuple[int, ...]) -> tuple[bool, ...]:
+    return tuple(n != 1 for n in (1,) * (len(space) - len(shape)) + shape)
+
+
+def _broadcast_operand(operand: Operand, shape: tuple[int, ...]) -> Operand:
+    """Return an operand with an axis for each of ``shape``, of length 1 where it broadcasts."""
+    lead = len(shape) - len(operand.shape)
+    if not lead:
+        return operand
+    return Operand(operand.buffer, operand.offset, (1,) * lead + operand.shape, (0,) * lead + operand.strides, operand.dtype)
+
+
+def _pad_layout(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    return layout if layout.shape == shape else Layout(layout.offset, layout.shape, layout.strides, layout.dtype)
+
+
+def _through(target: Operand, map: IndexMap, x: Expr) -> Operand | None:
+    """Return where all of ``x`` goes so that its view ``map`` fills ``target``; None when the view is not one to one."""
+    strides = [0] * len(x.shape)
+    offset = target.offset
+    seen: set[int] = set()
+    for k, (axis, step) in enumerate(map.axes):
+        n = map.shape[k]
+        if axis < 0:
+            if n != 1:
+                return None
+            continue
+        if n != x.shape[axis] or (n > 1 and step not in (1, -1)):
+            return None
+        seen.add(axis)
+        strides[axis] = target.strides[k] * (step if n > 1 else 1)
+        if n > 1 and step == -1:
+            offset += target.strides[k] * (n - 1)
+    if any(n != 1 for axis, n in enumerate(x.shape) if axis not in seen):
+        return None
+    return Operand(target.buffer, offset, x.shape, tuple(strides), target.dtype)
+
+
+def _memory_base(node: Expr) -> Expr:
+    """Return the node that must get memory so that ``node`` can be read as an array."""
+    while isinstance(node, (View, Reshape)) and not _is_leaf(node.x):
+        node = node.x
+    return node
+
+
+def _pass_key(node: Expr) -> tuple[Any, ...]:
+    """Return what memory nodes have in common that share a pass: the space first."""
+    if isinstance(node, Reduction):
+        return (node.x.shape, node.axes)
+    return (node.shape,) if isinstance(node, Elementwise) else (node, None)
+
+
+def _split_counts(grid: Grid, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many items of the reduced axes each split has, in the order of split numbers."""
+    counts = [1]
+    for a in axes:
+        n, size = grid.shape[a], grid.sizes[a]
+        pieces = [min(size, n - low) for low in range(0, n, size)] or [0]
+        counts = [c * p for c in counts for p in pieces]
+    return tuple(counts)
+
+
+def _clusters(members: list[tuple[Any, set[Any]]]) -> list[list[Any]]:
+    """Group members whose sources meet."""
+    clusters: list[tuple[list[Any], set[Any]]] = []
+    for member, sources in members:
+        together, seen = [member], set(sources)
+        rest = []
+        for others, theirs in clusters:
+            if theirs & sources:
+                together = others + together
+                seen |= theirs
+            else:
+                rest.append((others, theirs))
+        clusters = [*rest, (together, seen)]
+    return [group for group, _ in clusters]
+
+
+def _layer_name(nodes: list[Expr], otherwise: str) -> str:
+    """Return a short name: the operations of the chains, outermost last."""
+    names: list[str] = []
+    for node in nodes:
+        if isinstance(node, Elementwise):
+            names.extend(n.name for n in postorder([node], lambda n: n.inputs if isinstance(n, Elementwise) else ()) if isinstance(n, Elementwise))
+    if not names:
+        return otherwise or ""
+    return "-".join(names) if len(names) <= 4 else f"{names[0]}-..{len(names) - 2} more..-{names[-1]}"
+
+
+def _tile_description(draft: _LayerDraft) -> Callable[[int], str]:
+    grid, name = draft.grid, draft.name
+
+    def describe(index: int) -> str:
+        if grid is None:
+            return f"{name}, task {index}"
+        return f"{name}, part [{', '.join(f'{s.start}:{s.stop}' for s in grid.box(index))}]"
+
+    return describe
+
+
+def _source_sizes(node: Foreign) -> tuple[int, ...]:
+    """Return the sizes to read a source in: whole chunks of its own, where it has regular ones."""
+    own = getattr(node.source, "chunks", None)
+    if isinstance(own, tuple) and len(own) == node.ndim and all(isinstance(c, (int, np.integer)) and c > 0 for c in own):
+        sizes = [min(int(c), n) for c, n in zip(own, node.shape, strict=True)]
+        room = max(1, TILE_ITEMS * 8 // math.prod(sizes))
+        for a in reversed(range(node.ndim)):
+            times = min(room, -(-node.shape[a] // sizes[a]))
+            sizes[a] = min(node.shape[a], sizes[a] * times)
+            room = max(1, room // times)
+        return tuple(sizes)
+    return slab_sizes(node.shape, TILE_ITEMS * 8)

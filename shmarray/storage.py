@@ -1,0 +1,262 @@
+"""A stored array's bytes: one extent that aliases and views share, its versions, its cells, the NumPy views lent out.
+
+Promises: a write is seen by every alias; a NumPy array handed out before it keeps its values (the bytes move to a new extent
+first); an expression built before it finds out (`changed_since`). Cells, the unit of locks and of torn marks, are boxes of the
+chunk grid the array had when it was stored, and stay while views, rechunks and transposes come and go.
+Never put here: expressions, plans, who may write (the plan's locks).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scheduler.run import Pool
+from scheduler.task import ARENA, DRIVER, Address, LockRequest
+from shmarray.chunks import Chunks
+from shmarray.errors import TornChunkError
+from shmarray.region import Box, c_strides
+from shmarray.tiles import slab_sizes
+
+__all__ = ["Layout", "Storage"]
+
+NDArray = np.ndarray[Any, Any]
+
+MOST_CELLS = 1 << 16
+MOST_WRITES_KEPT = 64
+_identities = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A strided array inside a storage."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def is_contiguous(self) -> bool:
+        return all(n <= 1 or s == t for n, s, t in zip(self.shape, self.strides, c_strides(self.shape, self.dtype.itemsize), strict=True))
+
+    def bounds(self) -> tuple[int, int]:
+        """Return the first byte and the one after the last."""
+        low = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s < 0)
+        high = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s > 0)
+        return low, high + self.dtype.itemsize
+
+
+class _Lease:
+    """What keeps an extent alive for the NumPy arrays lent out over it."""
+
+    __slots__ = ("__weakref__", "extent", "start")
+
+    def __init__(self, extent: Any, start: int) -> None:
+        self.extent = extent
+        self.start = start
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"shape": (self.extent.nbytes,), "typestr": "|u1", "data": (self.start, True), "version": 3}
+
+
+class Storage:
+    """The bytes of a stored array. C-ordered, ``shape`` and ``dtype`` as they were when it was made."""
+
+    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> None:
+        self.pool = pool
+        self.shape = shape
+        self.dtype = dtype
+        self.nbytes = max(1, math.prod(shape) * dtype.itemsize)
+        self.extent = pool.allocate(self.nbytes)
+        self.identity = next(_identities)
+        self.version = 0
+        # (version, the user's line, what was written); only the writing thread appends, under the array's write locks.
+        self.writes: list[tuple[int, str, Layout]] = []
+        self.forgotten = 0  # writes up to this version are no longer listed
+        self.torn: dict[int, str] = {}  # cell -> what happened
+        self.cells = _cell_starts(shape, chunks)
+        self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
+        self._mutex = threading.Lock()
+        weakref.finalize(self, pool.locks.forget, self.identity)
+
+    @property
+    def layout(self) -> Layout:
+        """All of it."""
+        return Layout(0, self.shape, c_strides(self.shape, self.dtype.itemsize), self.dtype)
+
+    def address(self, pool: Pool) -> Address:
+        """Return where the bytes are for tasks of ``pool``: its own arena, or the driver's mapping of another pool's."""
+        if pool is self.pool:
+            return Address(ARENA, self.extent.offset)
+        return Address(DRIVER, self.pool.arena.start + self.extent.offset)
+
+    def array(self, layout: Layout) -> NDArray:
+        """Return the live, writable bytes in this process. Not for users: nothing guards it."""
+        return np.ndarray(layout.shape, layout.dtype, self.pool.arena.bytes, self.extent.offset + layout.offset, layout.strides)
+
+    def lend(self, layout: Layout) -> NDArray:
+        """Return a read-only array over the bytes, whose values stay what they are now: a later write moves the bytes first."""
+        self.check_whole(layout)
+        with self._mutex:
+            lease = next(iter(self._leases), None)
+            if lease is None:
+                lease = _Lease(self.extent, self.pool.arena.start + self.extent.offset)
+                self._leases.add(lease)
+        return np.ndarray(layout.shape, layout.dtype, np.asarray(lease), layout.offset, layout.strides)
+
+    def before_write(self) -> None:
+        """Move the bytes to a new extent when NumPy arrays over them are still alive. The caller holds the write locks."""
+        with self._mutex:
+            if not len(self._leases):
+                return
+            old = self.array(self.layout)
+            self.extent = self.pool.allocate(self.nbytes)
+            self._leases = weakref.WeakSet()
+        np.copyto(self.array(self.layout), old)
+
+    def after_write(self, layout: Layout, line: str) -> None:
+        """Note that ``layout`` was written at the user's line."""
+        self.version += 1
+        self.writes.append((self.version, line, layout))
+        if len(self.writes) > MOST_WRITES_KEPT:
+            self.forgotten = self.writes.pop(0)[0]
+
+    def changed_since(self, version: int, layout: Layout) -> str | None:
+        """Return the line of a write since ``version`` that may have touched ``layout``, or None."""
+        if self.version == version:
+            return None
+        for at, line, written in reversed(self.writes):
+            if at <= version:
+                return None
+            if self.overlap(written, layout):
+                return line or "an earlier line"
+        return "an earlier line" if self.forgotten > version else None
+
+    def overlap(self, a: Layout, b: Layout) -> bool:
+        """Return whether two layouts have bytes in common (or may have, where that is too hard to tell)."""
+        if not math.prod(a.shape) or not math.prod(b.shape):
+            return False
+        try:
+            return bool(np.shares_memory(self.array(a), self.array(b), max_work=10_000))
+        except np.exceptions.TooHardError:
+            return True
+
+    def check_whole(self, layout: Layout) -> None:
+        """Raise TornChunkError when ``layout`` touches a cell that a dead worker left half written."""
+        if not self.torn:
+            return
+        for start, stop in self.touched_cells(layout):
+            for cell in range(start, stop):
+                if cell in self.torn:
+                    raise TornChunkError(
+                        f"{self.torn[cell]} Cell {self.cell_index(cell)} of the array of shape {self.shape} holds neither its old nor "
+                        f"its new values. Overwrite it as a whole (x[...] = ...) before reading it."
+                    )
+
+    def tear(self, layout: Layout, why: str) -> None:
+        """Mark the cells of ``layout`` as half written."""
+        for start, stop in self.touched_cells(layout):
+            for cell in range(start, stop):
+                self.torn[cell] = why
+
+    def mend(self, layout: Layout) -> None:
+        """Forget torn marks of the cells that a whole overwrite of ``layout`` has filled."""
+        if self.torn:
+            filled = self.base_box(layout)
+            counts = math.prod(s.stop - s.start for s in filled)
+            if counts != math.prod(layout.shape):
+                return  # a strided or reshaped write: it may have skipped part of a cell
+            for cell in list(self.torn):
+                box = self.cell_box(cell)
+                if all(f.start <= b.start and b.stop <= f.stop for f, b in zip(filled, box, strict=True)):
+                    del self.torn[cell]
+
+    def requests(self, layout: Layout, mode: str) -> list[LockRequest]:
+        """Return what to lock to read ("r") or write ("w") ``layout``."""
+        return [LockRequest(self.identity, start, stop, mode) for start, stop in self.touched_cells(layout)]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many cells along each axis."""
+        return tuple(len(starts) - 1 for starts in self.cells)
+
+    def cell_index(self, cell: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in np.unravel_index(cell, self.counts)) if self.counts else ()
+
+    def cell_box(self, cell: int) -> Box:
+        return tuple(slice(starts[i], starts[i + 1]) for starts, i in zip(self.cells, self.cell_index(cell), strict=True))
+
+    def base_box(self, layout: Layout) -> Box:
+        """Return a box of the storage's own index space that holds every element of ``layout``; as small as is easy to tell."""
+        if not self.shape:
+            return ()
+        low, high = layout.bounds()
+        itemsize = max(1, self.dtype.itemsize)
+        first = np.unravel_index(min(low // itemsize, self.nbytes // itemsize - 1), self.shape)
+        own = c_strides(self.shape, itemsize)
+        span = [0] * len(self.shape)
+        for n, stride in zip(layout.shape, layout.strides, strict=True):
+            step = abs(stride)
+            if n <= 1 or step == 0:
+                continue
+            axis = next((a for a, s in enumerate(own) if self.shape[a] > 1 and s <= step), None)
+            if axis is None or step % own[axis]:
+                break
+            span[axis] += step // own[axis] * (n - 1)
+        else:
+            stops = [int(f) + s + 1 for f, s in zip(first, span, strict=True)]
+            if all(stop <= n for stop, n in zip(stops, self.shape, strict=True)):
+                return tuple(slice(int(f), stop) for f, stop in zip(first, stops, strict=True))
+        last = np.unravel_index(min(-(-high // itemsize) - 1, self.nbytes // itemsize - 1), self.shape)
+        box = [slice(0, n) for n in self.shape]
+        for axis, (f, t) in enumerate(zip(first, last, strict=True)):  # equal leading indices, then a range, then all
+            box[axis] = slice(int(f), int(t) + 1)
+            if f != t:
+                break
+        return tuple(box)
+
+    def touched_cells(self, layout: Layout) -> list[tuple[int, int]]:
+        """Return the ranges of cell numbers that ``layout`` touches, ascending."""
+        if not math.prod(layout.shape):
+            return []
+        box = self.base_box(layout)
+        ranges = [
+            (int(np.searchsorted(starts, piece.start, "right")) - 1, int(np.searchsorted(starts, piece.stop, "left")))
+            for starts, piece in zip(self.cells, box, strict=True)
+        ]
+        counts = self.counts
+        # Trailing axes that are taken whole, and the axis before them, form one run of numbers.
+        inner = len(ranges)
+        run = 1
+        while inner and ranges[inner - 1] == (0, counts[inner - 1]):
+            inner -= 1
+            run *= counts[inner]
+        if inner == 0:
+            return [(0, run)]
+        start, stop = ranges[inner - 1]
+        result = []
+        for outer in itertools.product(*(range(a, b) for a, b in ranges[: inner - 1])):
+            base = 0
+            for index, count in zip(outer, counts[: inner - 1], strict=True):
+                base = base * count + index
+            base *= counts[inner - 1]
+            result.append(((base + start) * run, (base + stop) * run))
+        return result
+
+
+def _cell_starts(shape: tuple[int, ...], chunks: Chunks) -> list[list[int]]:
+    if math.prod(len(c) for c in chunks) > MOST_CELLS:
+        sizes = slab_sizes(shape, max(1, -(-math.prod(shape) // (MOST_CELLS // 2))))
+        return [[*range(0, n, s), n] if n else [0, 0] for n, s in zip(shape, sizes, strict=True)]
+    return [[0, *itertools.accumulate(sizes)] for sizes in chunks]
