@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import math
 import mmap
 import os
 import weakref
@@ -192,6 +193,14 @@ class Remote:
             start += piece.start * stride
             shape.append(piece.stop - piece.start)
         return Remote(self.pid, start, tuple(shape), self.strides, self.dtype)
+
+    def nbytes_with_gaps(self) -> int:
+        """Return the bytes of scratch that `read` may need."""
+        _, axes, gaps = self._layout()
+        itemsize = self.dtype.itemsize
+        nbytes = itemsize * math.prod([self.shape[a] for a in axes])
+        gap = gaps[-1] if gaps else itemsize
+        return nbytes * (gap // itemsize if itemsize < gap <= WIDEST_INNER_STRIDE * itemsize else 1)
 
     def read(self, scratch: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
         """Return a copy, in ``scratch`` (uint8, large enough) when given. Broadcast axes are read once."""

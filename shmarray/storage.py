@@ -12,6 +12,7 @@ import itertools
 import math
 import threading
 import weakref
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,7 +233,7 @@ class Storage:
             return []
         box = self.base_box(layout)
         ranges = [
-            (int(np.searchsorted(starts, piece.start, "right")) - 1, int(np.searchsorted(starts, piece.stop, "left")))
+            (bisect_right(starts, piece.start) - 1, bisect_left(starts, piece.stop))
             for starts, piece in zip(self.cells, box, strict=True)
         ]
         counts = self.counts

@@ -7,6 +7,7 @@ Never put here: grids (`tiles`), what is fused (`plan`), what a row or a reducti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ NDArray = np.ndarray[Any, Any]
 Window = NDArray | Remote
 Values = list[Any]
 _ONE = slice(0, 1)
+MOST_STAGED_ITEMS = 1 << 19  # a tile larger than this is fetched block by block: scratch stays small
 
 
 def open_window(context: Context, operand: Operand) -> Window:
@@ -37,7 +39,56 @@ def open_window(context: Context, operand: Operand) -> Window:
     return window
 
 
-def put(window: Window, box: Box, values: NDArray) -> None:
+class Staged:
+    """An operand in the driver's memory, moved tile by tile: one system call for a megabyte, not one for each cache block."""
+
+    __slots__ = ("_scratch", "_shape", "_tile", "origin", "window")
+
+    def __init__(self, window: Remote) -> None:
+        self.window = window
+        self._shape = window.shape
+        self._scratch = np.empty(0, np.uint8)
+        self._tile: NDArray | None = None
+        self.origin: tuple[int, ...] = ()
+
+    def _own(self, tile: Box) -> Box:
+        """Return the box of this operand, which may broadcast, for a box of the iteration space."""
+        return tuple([_ONE if n == 1 else piece for piece, n in zip(tile, self._shape, strict=True)])
+
+    def fetch(self, tile: Box) -> None:
+        """Read a tile, to be loaded from."""
+        box = self._own(tile)
+        self.origin = tuple([piece.start for piece in box])
+        part = self.window[box]
+        nbytes = part.nbytes_with_gaps()
+        if self._scratch.nbytes < nbytes:
+            self._scratch = np.empty(nbytes, np.uint8)
+        self._tile = part.read(self._scratch)
+
+    def begin(self, tile: Box) -> None:
+        """Make room for a tile, to be filled box by box and sent by `flush`."""
+        self.origin = tuple([piece.start for piece in tile])
+        shape = tuple([piece.stop - piece.start for piece in tile])
+        nbytes = self.window.dtype.itemsize
+        for n in shape:
+            nbytes *= n
+        if self._scratch.nbytes < nbytes:
+            self._scratch = np.empty(nbytes, np.uint8)
+        self._tile = np.ndarray(shape, self.window.dtype, self._scratch)
+
+    def flush(self, tile: Box) -> None:
+        assert self._tile is not None
+        self.window[tile].write(self._tile)
+
+    def __getitem__(self, box: Box) -> NDArray:
+        assert self._tile is not None
+        part: NDArray = self._tile[
+            tuple([_ONE if n == 1 else slice(b.start - o, b.stop - o) for b, o, n in zip(box, self.origin, self._shape, strict=True)])
+        ]
+        return part
+
+
+def put(window: Window | Staged, box: Box, values: NDArray) -> None:
     """Write ``values``, broadcast, over a box of a window."""
     if isinstance(window, Remote):
         part = window[box]
@@ -49,10 +100,19 @@ def put(window: Window, box: Box, values: NDArray) -> None:
 class Evaluator:
     """A program bound to one process's memory: `run` executes it on a block and leaves the registers in a list."""
 
-    def __init__(self, program: Program, context: Context) -> None:
+    def __init__(self, program: Program, context: Context, tile_items: int = 0) -> None:
         self.program = program
         self.context = context
-        self.windows = [open_window(context, operand) for operand in program.operands]
+        self.windows: list[Window | Staged] = [open_window(context, operand) for operand in program.operands]
+        stored_to = {step.operand for step in program.steps if isinstance(step, Store)}
+        loaded = {step.operand for step in program.steps if isinstance(step, Load)}
+        self.fetched: list[Staged] = []
+        self.flushed: list[Staged] = []
+        if tile_items <= MOST_STAGED_ITEMS:
+            for k, window in enumerate(self.windows):
+                if isinstance(window, Remote) and not (k in stored_to and k in loaded):
+                    staged = self.windows[k] = Staged(window)
+                    (self.flushed if k in stored_to else self.fetched).append(staged)
         self.layouts: dict[tuple[int, ...], Values] = {}
         self.current: Apply | None = None
         self.slots, self.slot_nbytes = _assign_slots(program)
@@ -79,6 +139,18 @@ class Evaluator:
     def errstate(self) -> np.errstate:
         """Return the floating-point state to run under: conditions NumPy would warn of are reported to the driver."""
         return np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warn)
+
+    def begin(self, tile: Box) -> None:
+        """Fetch what blocks of ``tile`` will load from the driver's memory."""
+        for staged in self.fetched:
+            staged.fetch(tile)
+        for staged in self.flushed:
+            staged.begin(tile)
+
+    def end(self, tile: Box) -> None:
+        """Send what blocks of ``tile`` have stored to the driver's memory."""
+        for staged in self.flushed:
+            staged.flush(tile)
 
     def run(self, box: Box) -> Values:
         """Execute every step on ``box`` and return the registers, valid until the next call."""
@@ -123,7 +195,7 @@ class Evaluator:
         target = self.program.operands[operand]
         info = self.program.registers[register]
         return (
-            isinstance(self.windows[operand], np.ndarray)
+            isinstance(self.windows[operand], (np.ndarray, Staged))
             and row_for(step.name).in_place
             and info.dtype == target.dtype
             and all(varies or n == 1 for varies, n in zip(info.varies, self.program.shape, strict=True))
@@ -138,14 +210,20 @@ class Evaluator:
         def box_of(box: Box) -> Box:
             return box if whole else tuple([b if v else _ONE for b, v in zip(box, varies, strict=True)])
 
+        if isinstance(window, Staged):
+
+            def load_staged(values: Values, box: Box) -> None:
+                values[out] = window[box]
+
+            return load_staged
         if isinstance(window, Remote):
             scratch = np.empty(0, np.uint8)
 
             def fetch(values: Values, box: Box) -> None:
                 nonlocal scratch
                 part = window[box_of(box)]
-                wanted = part.dtype.itemsize * int(np.prod(part.shape)) * 9
-                if scratch.nbytes < wanted and wanted < 1 << 24:
+                wanted = part.nbytes_with_gaps()
+                if scratch.nbytes < wanted:
                     scratch = np.empty(wanted, np.uint8)
                 values[out] = part.read(scratch)
 
@@ -294,14 +372,17 @@ class MapKernel:
     grid: Grid
 
     def bind(self, context: Context) -> Callable[[int], None]:
-        evaluator = Evaluator(self.program, context)
         grid = self.grid
+        evaluator = Evaluator(self.program, context, math.prod(grid.sizes))
         sizes = block_sizes(grid.sizes)
 
         def run(index: int) -> None:
+            tile = grid.box(index)
             with evaluator.errstate():
-                for block in blocks(grid.box(index), sizes):
+                evaluator.begin(tile)
+                for block in blocks(tile, sizes):
                     evaluator.run(block)
+                evaluator.end(tile)
 
         return run
 
@@ -375,7 +456,7 @@ def _reader(program: Program, result: int | None, context: Context) -> Callable[
             return array
 
         return lay
-    evaluator = Evaluator(program, context)
+    evaluator = Evaluator(program, context, MOST_STAGED_ITEMS + 1)
     register = result
     dtype = program.registers[register].dtype
 

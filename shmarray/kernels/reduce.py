@@ -83,8 +83,8 @@ class ReduceKernel:
     specs: tuple[ReduceSpec, ...]
 
     def bind(self, context: Context) -> Callable[[int], None]:
-        evaluator = Evaluator(self.program, context)
         grid, axes = self.grid, self.axes
+        evaluator = Evaluator(self.program, context, math.prod(grid.sizes))
         sizes = block_sizes(grid.sizes)
         rows = [REDUCTIONS[spec.kind] for spec in self.specs]
         params = [dict(spec.params) for spec in self.specs]
@@ -100,6 +100,7 @@ class ReduceKernel:
             reduced = tuple([piece if a in axes else slice(0, 1) for a, piece in enumerate(tile)])
             reduced_sizes = tuple([size if a in axes else 1 for a, size in enumerate(sizes)])
             with evaluator.errstate():
+                evaluator.begin(tile)
                 for kept_block in blocks(kept, kept_sizes):
                     trees = [Tree(row.combine) for row in rows]
                     for reduced_block in blocks(reduced, reduced_sizes):
@@ -121,6 +122,7 @@ class ReduceKernel:
                                 put(out, kept_block, row.finish(states, count, spec.dtype, extra))
                         for window, state in zip(windows, states, strict=False):
                             put(window, (slice(split, split + 1), *kept_block), state[None])
+                evaluator.end(tile)
 
         return run
 

@@ -7,6 +7,7 @@ Never put here: what to cut (`plan`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class ScanKernel:
     carry: Operand | None
 
     def bind(self, context: Context) -> Callable[[int], None]:
-        evaluator = Evaluator(self.program, context)
+        evaluator = Evaluator(self.program, context, math.prod(self.grid.sizes))
         ufunc = getattr(np, self.ufunc)
         axis, dtype = self.axis, self.out.dtype
         target = open_window(context, self.out)
@@ -48,6 +49,7 @@ class ScanKernel:
             kept = tuple([slice(0, 1) if a == axis else piece for a, piece in enumerate(tile)])
             segment = tile[axis].start // self.grid.sizes[axis]
             with evaluator.errstate():
+                evaluator.begin(tile)
                 for lanes in blocks(kept, across):
                     carry = None
                     if carries is not None and segment:
@@ -65,6 +67,7 @@ class ScanKernel:
                             result = ufunc(carry, result)
                         put(target, box, result)
                         carry = result[tuple([slice(-1, None) if a == axis else slice(None) for a in range(len(box))])]
+                evaluator.end(tile)
 
         return run
 

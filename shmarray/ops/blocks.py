@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,7 @@ class _MapBlocks(BlockOperation):
         np.copyto(out, result, casting="same_kind" if result.dtype.kind != "O" else "unsafe")
 
     def _index(self, at: Box) -> tuple[int, ...]:
-        return tuple([starts.index(piece.start) if len(starts) < 8 else int(np.searchsorted(starts, piece.start)) for starts, piece in zip(self.starts, at, strict=True)])
+        return tuple([bisect_left(starts, piece.start) for starts, piece in zip(self.starts, at, strict=True)])
 
     def _extras(self, at: Box) -> dict[str, Any]:
         index = self._index(at)
