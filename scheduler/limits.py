@@ -198,8 +198,7 @@ class Budget:
         with self._lock:
             if not 0 <= nbytes <= self._used_nbytes:
                 raise ValueError(
-                    f"releasing {nbytes} bytes of a budget of which {self._used_nbytes} are reserved: release what reserve() "
-                    f"took, once."
+                    f"releasing {nbytes} bytes of a budget of which {self._used_nbytes} are reserved: release what reserve() took, once."
                 )
             self._used_nbytes -= nbytes
 

@@ -499,9 +499,7 @@ class CellLocks:
         lines = []
         for extent in ticket.wanted:
             holders = self._granted.get(extent, {})
-            conflicting = {
-                t: r for t, r in holders.items() if t.owner is not ticket.owner and _conflict(ticket.wanted[extent], r)
-            }
+            conflicting = {t: r for t, r in holders.items() if t.owner is not ticket.owner and _conflict(ticket.wanted[extent], r)}
             if conflicting:
                 lines.append(_name_holders(extent, conflicting))
         if not lines:

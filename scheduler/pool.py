@@ -115,9 +115,7 @@ class Ticket:
 class _Member:
     """A worker process, from its start on. Belongs to the loop's thread."""
 
-    def __init__(
-        self, slot: int, process: subprocess.Popen[bytes], link: socket.socket, life: socket.socket, capture: int
-    ) -> None:
+    def __init__(self, slot: int, process: subprocess.Popen[bytes], link: socket.socket, life: socket.socket, capture: int) -> None:
         self.slot = slot
         self.process = process
         self.pidfd = os.pidfd_open(process.pid)
@@ -281,9 +279,7 @@ class _Loop:
                 self._step()
             error: BaseException = PoolClosed("the pool was closed while this plan ran; make a new pool and run it again.")
         except BaseException as bug:
-            error = SchedulerError(
-                "the scheduler's loop failed; this is a bug of ours:\n" + "".join(traceback.format_exception(bug))
-            )
+            error = SchedulerError("the scheduler's loop failed; this is a bug of ours:\n" + "".join(traceback.format_exception(bug)))
         self._end(error)
 
     def _step(self) -> None:

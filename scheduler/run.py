@@ -60,9 +60,7 @@ class Pool:
     Threads may share a pool; a forked child may not.
     """
 
-    def __init__(
-        self, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None
-    ) -> None:
+    def __init__(self, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None) -> None:
         if workers is not None and workers < 0:
             raise ValueError(f"a pool of {workers} workers: give 0 (run in the calling thread), a count, or None (one per core).")
         self.pid = os.getpid()
@@ -300,9 +298,7 @@ def _say_once(message: str) -> None:
         _log.warning(message)
 
 
-def configure_default(
-    *, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None
-) -> None:
+def configure_default(*, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None) -> None:
     """Set what the default pool is made with. One that exists is let go; it lives on as long as arrays in it do."""
     global _default, _default_values
     with _default_lock:

@@ -170,7 +170,7 @@ def _array_at(start: int, shape: tuple[int, ...], strides: tuple[int, ...], dtyp
     low = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s < 0 and n)
     high = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s > 0 and n) + dtype.itemsize
     raw = (ctypes.c_char * (high - low)).from_address(start + low)
-    return np.ndarray(shape, dtype, raw, -low, strides)
+    return np.ndarray(shape, dtype, memoryview(raw), -low, strides)
 
 
 class Remote:
@@ -244,7 +244,9 @@ class Remote:
             return block
         still = [a for a in range(len(self.shape)) if a not in axes]
         block = block.reshape(block.shape + (1,) * len(still)).transpose(np.argsort([*axes, *still]))
-        block = block[tuple(slice(None, None, -1) if s < 0 and n > 1 else slice(None) for n, s in zip(self.shape, self.strides, strict=True))]
+        block = block[
+            tuple(slice(None, None, -1) if s < 0 and n > 1 else slice(None) for n, s in zip(self.shape, self.strides, strict=True))
+        ]
         return np.broadcast_to(block, self.shape) if block.shape != self.shape else block
 
     def _transfer(self, call: str, block: np.ndarray[Any, Any], start: int, shape: tuple[int, ...], gaps: Sequence[int]) -> None:

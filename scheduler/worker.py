@@ -108,9 +108,7 @@ def contain(error: BaseException) -> BaseException:
     """Return what a task's error is for the driver: what would end a process or an interpreter becomes a `TaskError`."""
     if isinstance(error, Exception):
         return error
-    contained = TaskError(
-        f"the task raised {type(error).__name__}: {_repr(error)}. A task cannot end the process; return instead."
-    )
+    contained = TaskError(f"the task raised {type(error).__name__}: {_repr(error)}. A task cannot end the process; return instead.")
     return contained.with_traceback(error.__traceback__)
 
 

@@ -45,7 +45,7 @@ for _module, _private in (
     _FAMILIES |= {name: getattr(_module, name) for name in _module.__all__ if name not in _private}
 globals().update(_FAMILIES)
 
-__all__ = [  # noqa: PLE0604, PLE0605  # the families name their own functions
+__all__ = [  # noqa: PLE0604  # the families name their own functions
     "Array",
     "ChangedInput",
     "ChunkError",
@@ -78,5 +78,3 @@ __all__ = [  # noqa: PLE0604, PLE0605  # the families name their own functions
 if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any: ...
-
-

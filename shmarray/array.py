@@ -22,6 +22,7 @@ from shmarray.expr import Expr, line_of, postorder, user_line
 from shmarray.handle import Handle, as_handle, register, wrap, wrap_stored
 from shmarray.ops import blocks, creation, elementwise, linalg, reductions, shaping
 from shmarray.ops.table import ROWS
+from shmarray.plan import Target
 from shmarray.region import broadcast_shape, index_map
 from shmarray.storage import Layout, Storage
 
@@ -100,7 +101,8 @@ class Array(Handle):
     @property
     def mT(self) -> Array:  # noqa: N802  # NumPy's name
         """The array with its last two axes exchanged."""
-        return self.swapaxes(-1, -2)
+        exchanged: Array = shaping.swapaxes(self, -1, -2)
+        return exchanged
 
     @property
     def real(self) -> Any:
@@ -131,7 +133,9 @@ class Array(Handle):
         if self._storage is not None and self.dtype.kind == "c":
             getattr(self, name)[...] = value
         else:
-            raise TypeError(f"the {name} part can be set on a stored complex array; this is {'stored' if self.is_stored else 'an expression'} of {self.dtype}")
+            raise TypeError(
+                f"the {name} part can be set on a stored complex array; this is {'stored' if self.is_stored else 'an expression'} of {self.dtype}"
+            )
 
     @property
     def live(self) -> Array:
@@ -208,7 +212,7 @@ class Array(Handle):
         if self._storage is None:
             return self.persist()
         storage = Storage(running.current_pool(), self.shape, self.dtype, self.chunks)
-        running.run([self.node], [running.Target(self.shape, self.dtype, storage=storage, layout=storage.layout)], None, storage.pool)
+        running.run([self.node], [Target(self.shape, self.dtype, storage=storage, layout=storage.layout)], None, storage.pool)
         copied: Array = wrap_stored(storage, storage.layout, self.chunks)
         return copied
 
@@ -376,14 +380,14 @@ class Array(Handle):
         if method == "reduce":
             return _call_reduce(ufunc, inputs[0], outs, kwargs)
         if method == "accumulate":
-            return reductions.accumulate(ufunc, *inputs, **kwargs, out=outs[0] if outs else None)
+            return reductions.accumulate(ufunc, inputs[0], **kwargs, out=outs[0] if outs else None)
         if method == "outer":
             a, b = (as_handle(x) for x in inputs)
             wide = a[(..., *(None,) * b.ndim)] if a.ndim and b.ndim else a
             return self.__array_ufunc__(ufunc, "__call__", wide, b, **kwargs, **({"out": outs} if outs else {}))
         if method != "__call__" or ufunc.signature is not None:
             if method == "__call__" and ufunc is np.matmul:
-                return linalg.matmul(*inputs, out=outs)
+                return linalg.matmul(inputs[0], inputs[1], out=outs)
             return _fallback(getattr(ufunc, method), inputs, {**kwargs, **({"out": outs} if outs else {})})
         if ufunc.__name__ not in ROWS or ROWS[ufunc.__name__].function is not ufunc:
             return _fallback(ufunc, inputs, {**kwargs, **({"out": outs} if outs else {})})
@@ -515,7 +519,8 @@ def _operators() -> None:
         self._overwrite(elementwise.astype(linalg.matmul(self, other), self.dtype, casting="same_kind").node)
         return self
 
-    Array.__matmul__, Array.__rmatmul__, Array.__imatmul__ = multiply, multiply_right, multiply_in_place  # type: ignore[attr-defined]
+    for name, method in (("matmul", multiply), ("rmatmul", multiply_right), ("imatmul", multiply_in_place)):
+        setattr(Array, f"__{name}__", method)
     Array.__hash__ = None  # type: ignore[assignment]  # equality is elementwise, as for ndarray
 
 
@@ -546,7 +551,7 @@ def _write_out(result: Any, out: Any, ufunc: np.ufunc, casting: str) -> Any:
 
 
 def _call_reduce(ufunc: np.ufunc, x: Any, outs: Any, kwargs: dict[str, Any]) -> Any:
-    kwargs = {k: v for k, v in kwargs.items() if not (k == "initial" and v is np._NoValue) and not (k == "where" and v is True)}  # type: ignore[attr-defined]
+    kwargs = {k: v for k, v in kwargs.items() if not (k == "initial" and v is np._NoValue) and not (k == "where" and v is True)}
     return reductions.reduce_ufunc(ufunc, x, **kwargs, out=outs[0] if outs else None)
 
 
@@ -626,4 +631,3 @@ def _rebuild(values: NDArray, chunks: Chunks, stored: bool) -> Any:
     if stored:
         return running.new_stored(values, chunks)
     return as_handle(values).rechunk(chunks) if values.ndim else as_handle(values)
-

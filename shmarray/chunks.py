@@ -23,9 +23,7 @@ __all__ = ["Chunks", "broadcast_chunks", "chunk_box", "default_chunks", "normali
 Chunks = tuple[tuple[int, ...], ...]
 
 
-def normalize_chunks(
-    chunks: Any = "auto", shape: Sequence[int] = (), dtype: Any = float, previous: Chunks | None = None
-) -> Chunks:
+def normalize_chunks(chunks: Any = "auto", shape: Sequence[int] = (), dtype: Any = float, previous: Chunks | None = None) -> Chunks:
     """Return the sizes of the chunks along each axis, which tile ``shape``.
 
     ``chunks`` is ``"auto"`` (contiguous slabs of about ``config.chunk_size`` bytes, by shape and dtype alone), a byte string

@@ -33,7 +33,7 @@ def _nbytes(value: Any) -> int:
 
 
 def _text(value: Any) -> str:
-    return os.fspath(value)
+    return str(os.fspath(value))
 
 
 _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(

@@ -19,7 +19,7 @@ def checked_dtype(dtype: Any, what: str = "array") -> np.dtype[Any]:
 
     Raises TypeError for an unknown dtype, and for object and variable-width string dtypes.
     """
-    result = np.dtype(dtype)
+    result: np.dtype[Any] = np.dtype(dtype)
     if result.hasobject or result.kind == "T":
         raise TypeError(
             f"{what} has dtype {result}, whose elements are Python objects: they cannot lie in shared memory. "

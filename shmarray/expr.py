@@ -47,7 +47,7 @@ __all__ = [
 
 _interned: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
 _lines: weakref.WeakKeyDictionary[Expr, str] = weakref.WeakKeyDictionary()
-_PACKAGE = __name__.partition(".")[0]
+_NOT_THE_USER = ("shmarray", "scheduler", "numpy", "contextlib", "functools")  # whose frames are passed over
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -310,15 +310,11 @@ def line_of(node: Expr) -> str:
 def user_line() -> str:
     """Return ``file:number`` of the innermost caller outside this package."""
     frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] != _PACKAGE or module.startswith("shmarray.tests"):
-            if module.partition(".")[0] not in ("numpy", "scheduler"):
-                return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THE_USER:
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
-    return ""
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def exact(value: Any) -> Any:

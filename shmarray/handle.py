@@ -8,7 +8,6 @@ Never put here: operations, computing.
 from __future__ import annotations
 
 import weakref
-
 from typing import Any
 
 import numpy as np
@@ -118,5 +117,3 @@ def as_handle(value: Any) -> Any:
         return value
     node = as_node(value)
     return wrap(node if isinstance(node, Expr) else in_memory(np.asarray(node)))
-
-

@@ -45,9 +45,9 @@ from shmarray.kernels.numpy import BlockGrid, BlockKernel, CopyInKernel, MapKern
 from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Register, Step, Store
 from shmarray.kernels.reduce import FinishKernel, ReduceKernel, ReduceSpec
 from shmarray.kernels.scan import CarryKernel, ScanKernel
-from shmarray.optimise import optimise, weight_below
 from shmarray.ops.reductions_table import REDUCTIONS
 from shmarray.ops.table import row_for
+from shmarray.optimise import optimise, weight_below
 from shmarray.region import IndexMap, c_strides, identity_map
 from shmarray.storage import Layout, Storage
 from shmarray.tiles import BLOCK_ITEMS, ENOUGH_TASKS, REDUCTION_TILE_ITEMS, TILE_ITEMS, Grid, map_grid, reduction_grid, slab_sizes
@@ -96,14 +96,14 @@ class _LayerDraft:
     ntasks: int
     name: str
     line: str
-    reads: dict[int, None]
-    writes: dict[int, None]
     grid: Grid | None  # of the iteration space, where the kernel has one
     loads: tuple[Operand, ...]
     stores: tuple[Operand, ...]
     nbytes_per_task: int
     place: str = "worker"
     describe: Callable[[int], str] | None = None
+    reads: dict[int, None] = field(default_factory=dict)
+    writes: dict[int, None] = field(default_factory=dict)
     dependencies: list[Dependency] = field(default_factory=list)
     retry: bool = True
 
@@ -254,12 +254,13 @@ class _Builder:
         """Return the memory node to compute straight into ``target``, seen through a view or reshape where that is possible."""
         while True:
             if isinstance(root, View) and not _is_leaf(root.x) and not isinstance(root.x, Foreign):
-                inner = _through(target, root.map, root.x)
-                if inner is None:
+                seen_through = _through(target, root.map, root.x)
+                if seen_through is None:
                     return root, target
-                root, target = root.x, inner
+                root, target = root.x, seen_through
             elif isinstance(root, Reshape) and target.strides == c_strides(target.shape, target.dtype.itemsize):
-                root, target = root.x, Operand(target.buffer, target.offset, root.x.shape, c_strides(root.x.shape, root.dtype.itemsize), root.dtype)
+                root = root.x
+                target = Operand(target.buffer, target.offset, root.shape, c_strides(root.shape, root.dtype.itemsize), root.dtype)
             else:
                 return root, target
 
@@ -281,7 +282,9 @@ class _Builder:
             self._emit_level(here, wanted, memory)
 
     def _memory_nodes(self, wanted: dict[Expr, Operand]) -> set[Expr]:
-        memory = {n for n in postorder(wanted) if n in wanted or n in self.kept or not isinstance(n, (Elementwise, View, Fill, Stored, InMemory))}
+        memory = {
+            n for n in postorder(wanted) if n in wanted or n in self.kept or not isinstance(n, (Elementwise, View, Fill, Stored, InMemory))
+        }
         for node in list(memory):
             if isinstance(node, Reshape):
                 memory.discard(node)
@@ -351,8 +354,8 @@ class _Builder:
                 along = [m for m in spaces.get(shape, ()) if sources & self._sources(m[0], memory)]
                 spaces[shape] = [m for m in spaces.get(shape, ()) if m not in along]
                 self._emit_reduction(cluster, along, shape, axes)
-        for members in spaces.values():
-            for group in _clusters([(m, self._sources(m[0], memory)) for m in members]):
+        for mapped in spaces.values():
+            for group in _clusters([(m, self._sources(m[0], memory)) for m in mapped]):
                 self._emit_map(group)
 
     def _sources(self, node: Expr, memory: set[Expr]) -> set[Any]:
@@ -378,10 +381,16 @@ class _Builder:
         names = _layer_name([n for n, _ in members], "copy")
         self._add(
             _LayerDraft(
-                MapKernel(program, grid), grid.ntasks, names, line_of(members[-1][0]), {}, {}, grid,
-                writer.loaded(), tuple(p for _, p in members), writer.cost(grid),
+                MapKernel(program, grid),
+                grid.ntasks,
+                names,
+                line_of(members[-1][0]),
+                grid,
+                writer.loaded(),
+                tuple(p for _, p in members),
+                writer.cost(grid),
             )
-        )  # fmt: skip
+        )
         for node, place in members:
             self.operands.setdefault(node, place)
 
@@ -391,10 +400,14 @@ class _Builder:
         program = Program(target.shape, tuple(padded), registers, (Load(0, 0), Store(0, 1)))
         grid = map_grid(target.shape)
         nbytes = 2 * math.prod(grid.sizes) * source.dtype.itemsize
-        self._add(_LayerDraft(MapKernel(program, grid), grid.ntasks, "copy", line, {}, {}, grid, (padded[0],), (padded[1],), nbytes))
+        self._add(_LayerDraft(MapKernel(program, grid), grid.ntasks, "copy", line, grid, (padded[0],), (padded[1],), nbytes))
 
     def _emit_reduction(
-        self, members: list[tuple[Reduction, Operand | None]], along: list[tuple[Expr, Operand]], shape: tuple[int, ...], axes: tuple[int, ...]
+        self,
+        members: list[tuple[Reduction, Operand | None]],
+        along: list[tuple[Expr, Operand]],
+        shape: tuple[int, ...],
+        axes: tuple[int, ...],
     ) -> None:
         """One pass for all reductions (and stored results) over one space; a layer each to fold partials, where there are any."""
         writer = _ProgramWriter(self, shape)
@@ -402,8 +415,8 @@ class _Builder:
         splits = _split_counts(grid, axes)
         specs: list[ReduceSpec] = []
         outs: list[tuple[Reduction, Operand]] = []
-        for node, place in along:
-            writer.store(writer.add(node, force=True), place)
+        for root, part in along:
+            writer.store(writer.add(root, force=True), part)
         for node, place in members:
             register = writer.add(node.x)
             out = place or self.temporary(node.shape, node.dtype)
@@ -416,10 +429,17 @@ class _Builder:
             label = params.pop("label", node.kind)
             specs.append(
                 ReduceSpec(
-                    node.kind, register, node.dtype, tuple(params.items()), dtypes, partials,
-                    None if partials else out, label, line_of(node),
+                    node.kind,
+                    register,
+                    node.dtype,
+                    tuple(params.items()),
+                    dtypes,
+                    partials,
+                    None if partials else out,
+                    label,
+                    line_of(node),
                 )
-            )  # fmt: skip
+            )
         program = writer.program()
         kernel = ReduceKernel(program, grid, axes, tuple(specs))
         stores = [*(p for _, p in along), *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
@@ -427,21 +447,34 @@ class _Builder:
         name = "-".join(filter(None, [chain, *dict.fromkeys(spec.label for spec in specs)]))
         self._add(
             _LayerDraft(
-                kernel, grid.ntasks, name, specs[-1].line, {}, {}, grid, writer.loaded(), tuple(stores), writer.cost(grid) + 8 * len(specs),
+                kernel,
+                grid.ntasks,
+                name,
+                specs[-1].line,
+                grid,
+                writer.loaded(),
+                tuple(stores),
+                writer.cost(grid) + 8 * len(specs),
             )
-        )  # fmt: skip
+        )
         for (node, out), spec in zip(outs, specs, strict=True):
             if spec.partials:
                 fold = Grid(node.shape, slab_sizes(node.shape, max(1, TILE_ITEMS // len(splits))))
                 self._add(
                     _LayerDraft(
-                        FinishKernel(spec, out, splits, fold), fold.ntasks, f"{spec.label} of partials", spec.line, {}, {}, None,
-                        spec.partials, (out,), 16 * len(splits) * math.prod(fold.sizes),
+                        FinishKernel(spec, out, splits, fold),
+                        fold.ntasks,
+                        f"{spec.label} of partials",
+                        spec.line,
+                        None,
+                        spec.partials,
+                        (out,),
+                        16 * len(splits) * math.prod(fold.sizes),
                     )
-                )  # fmt: skip
+                )
             self.operands.setdefault(node, out)
-        for node, place in along:
-            self.operands.setdefault(node, place)
+        for root, part in along:
+            self.operands.setdefault(root, part)
 
     def _emit_scan(self, node: Scan, out: Operand) -> None:
         shape, axis = node.x.shape, node.axis
@@ -469,26 +502,40 @@ class _Builder:
             spec = ReduceSpec(row, register, node.dtype, (), (node.dtype,), (partials,), None, node.name, line_of(node))
             self._add(
                 _LayerDraft(
-                    ReduceKernel(program, grid, (axis,), (spec,)), grid.ntasks, f"{node.name} of segments", line_of(node), {}, {}, grid,
-                    writer.loaded(), (partials,), writer.cost(grid),
+                    ReduceKernel(program, grid, (axis,), (spec,)),
+                    grid.ntasks,
+                    f"{node.name} of segments",
+                    line_of(node),
+                    grid,
+                    writer.loaded(),
+                    (partials,),
+                    writer.cost(grid),
                 )
-            )  # fmt: skip
+            )
             lanes_grid = Grid(kept, slab_sizes(kept, TILE_ITEMS))
             self._add(
                 _LayerDraft(
-                    CarryKernel(node.ufunc, partials, carry, lanes_grid), lanes_grid.ntasks, f"{node.name} of carries", line_of(node), {}, {}, None,
-                    (partials,), (carry,), 16 * len(splits) * math.prod(lanes_grid.sizes),
+                    CarryKernel(node.ufunc, partials, carry, lanes_grid),
+                    lanes_grid.ntasks,
+                    f"{node.name} of carries",
+                    line_of(node),
+                    None,
+                    (partials,),
+                    (carry,),
+                    16 * len(splits) * math.prod(lanes_grid.sizes),
                 )
-            )  # fmt: skip
+            )
         kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry)
         loads = writer.loaded() if carry is None else (*writer.loaded(), carry)
-        self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), {}, {}, grid, loads, (out,), writer.cost(grid) * 2))
+        self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), grid, loads, (out,), writer.cost(grid) * 2))
         self.operands.setdefault(node, out)
 
     def _emit_block(self, node: Block, out: Operand) -> None:
         operation = node.operation
         boxes = BlockGrid.of(operation.grid())
-        programs, results, loads = [], [], []
+        programs: list[Program] = []
+        results: list[int | None] = []
+        loads: list[Operand] = []
         for arg in node.args:
             where = self.operand(arg)
             if where is not None:
@@ -508,13 +555,25 @@ class _Builder:
         self.scratch = max(self.scratch, operation.scratch(first))
 
         def describe(index: int) -> str:
-            return f"{operation.name}, chunk {boxes.index(index)}" if operation.isolated else f"{operation.name} {operation.label(boxes.box(index))}"
+            return (
+                f"{operation.name}, chunk {boxes.index(index)}"
+                if operation.isolated
+                else f"{operation.name} {operation.label(boxes.box(index))}"
+            )
 
         self._add(
             _LayerDraft(
-                kernel, ntasks, operation.name, line_of(node), {}, {}, None, tuple(loads), (out,), operation.cost(first), describe=describe,
+                kernel,
+                ntasks,
+                operation.name,
+                line_of(node),
+                None,
+                tuple(loads),
+                (out,),
+                operation.cost(first),
+                describe=describe,
             )
-        )  # fmt: skip
+        )
         self.operands.setdefault(node, out)
 
     def _emit_assembly(self, node: Assemble, out: Operand) -> None:
@@ -530,9 +589,16 @@ class _Builder:
             grid = map_grid(map.shape)
             self._add(
                 _LayerDraft(
-                    MapKernel(program, grid), grid.ntasks, node.name, line_of(node), {}, {}, grid, writer.loaded(), (part,), writer.cost(grid),
+                    MapKernel(program, grid),
+                    grid.ntasks,
+                    node.name,
+                    line_of(node),
+                    grid,
+                    writer.loaded(),
+                    (part,),
+                    writer.cost(grid),
                 )
-            )  # fmt: skip
+            )
         self.operands.setdefault(node, out)
 
     def _emit_foreign(self, node: Foreign, out: Operand) -> None:
@@ -542,10 +608,17 @@ class _Builder:
         nbytes = math.prod(sizes) * node.dtype.itemsize
         self._add(
             _LayerDraft(
-                kernel, math.prod(boxes.counts), f"read {type(node.source).__name__}", line_of(node), {}, {}, None, (), (out,), max(1, nbytes),
+                kernel,
+                math.prod(boxes.counts),
+                f"read {type(node.source).__name__}",
+                line_of(node),
+                None,
+                (),
+                (out,),
+                max(1, nbytes),
                 place="driver",
             )
-        )  # fmt: skip
+        )
         self.operands.setdefault(node, out)
 
     # --- dependencies ----------------------------------------------------------------------------------------------------
@@ -616,16 +689,28 @@ class _Builder:
             describe = draft.describe or _tile_description(draft)
             layers.append(
                 Layer(
-                    name=draft.name, kernel=draft.kernel, ntasks=draft.ntasks, reads=tuple(draft.reads), writes=tuple(draft.writes),
-                    dependencies=tuple(draft.dependencies), nbytes_per_task=draft.nbytes_per_task, place=draft.place,
-                    retry=draft.retry, describe=describe, line=draft.line,
+                    name=draft.name,
+                    kernel=draft.kernel,
+                    ntasks=draft.ntasks,
+                    reads=tuple(draft.reads),
+                    writes=tuple(draft.writes),
+                    dependencies=tuple(draft.dependencies),
+                    nbytes_per_task=draft.nbytes_per_task,
+                    place=draft.place,
+                    retry=draft.retry,
+                    describe=describe,
+                    line=draft.line,
                 )
-            )  # fmt: skip
+            )
         locks = tuple(LockRequest(e, a, b, mode) for (e, a, b), mode in sorted(self.locks.items()))
         return Plan(
-            buffers=tuple(self.buffers), layers=tuple(layers), scratch_nbytes=self.scratch + 16 * BLOCK_ITEMS * 8, isolated=self.isolated,
-            locks=locks, keep=tuple(self.keep),
-        )  # fmt: skip
+            buffers=tuple(self.buffers),
+            layers=tuple(layers),
+            scratch_nbytes=self.scratch + 16 * BLOCK_ITEMS * 8,
+            isolated=self.isolated,
+            locks=locks,
+            keep=tuple(self.keep),
+        )
 
 
 class _ProgramWriter:
@@ -695,14 +780,14 @@ class _ProgramWriter:
             register = self._register(node.dtype, (False,) * len(self.shape))
             self.steps.append(Constant(register, constant))
             return register
-        if isinstance(node, Fill) or (isinstance(node, View) and isinstance(node.x, Fill)):
-            fill = node if isinstance(node, Fill) else node.x
-            map = identity_map(node.shape) if isinstance(node, Fill) else node.map  # type: ignore[union-attr]
+        fill = node.x if isinstance(node, View) else node
+        if isinstance(fill, Fill):
+            map = node.map if isinstance(node, View) else identity_map(node.shape)
             register = self._register(node.dtype, _varies(node.shape, self.shape))
             lead = len(self.shape) - len(map.shape)
             full = IndexMap((1,) * lead + map.shape, map.offsets, ((-1, 0),) * lead + map.axes)
-            self.steps.append(FillStep(register, fill.operation, full))  # type: ignore[union-attr]
-            self.weight += fill.operation.cost  # type: ignore[union-attr]
+            self.steps.append(FillStep(register, fill.operation, full))
+            self.weight += fill.operation.cost
             return register
         assert isinstance(node, Elementwise), f"{node.name} has no memory"
         args = tuple(("r", self.known[a]) if isinstance(a, Expr) else ("c", a) for a in node.args)
@@ -711,9 +796,7 @@ class _ProgramWriter:
         if outs is None:
             row = row_for(node.op)
             # What varies is what the operands vary in: a node may be broadcast beyond them.
-            varies = tuple(
-                any(self.registers[value].varies[a] for kind, value in args if kind == "r") for a in range(len(self.shape))
-            )
+            varies = tuple(any(self.registers[value].varies[a] for kind, value in args if kind == "r") for a in range(len(self.shape)))
             dtypes = [node.dtype] * row.nout if row.nout == 1 else _output_dtypes(node, row.nout)
             outs = tuple(self._register(dtype, varies) for dtype in dtypes)
             self.steps.append(Apply(outs, node.op, args, node.params, node.errstate, line_of(node)))
@@ -810,7 +893,9 @@ def _layer_name(nodes: list[Expr], otherwise: str) -> str:
     names: list[str] = []
     for node in nodes:
         if isinstance(node, Elementwise):
-            names.extend(n.name for n in postorder([node], lambda n: n.inputs if isinstance(n, Elementwise) else ()) if isinstance(n, Elementwise))
+            names.extend(
+                n.name for n in postorder([node], lambda n: n.inputs if isinstance(n, Elementwise) else ()) if isinstance(n, Elementwise)
+            )
     if not names:
         return otherwise or ""
     return "-".join(names) if len(names) <= 4 else f"{names[0]}-..{len(names) - 2} more..-{names[-1]}"

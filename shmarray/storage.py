@@ -149,7 +149,7 @@ class Storage:
         if not math.prod(a.shape) or not math.prod(b.shape):
             return False
         try:
-            return bool(np.shares_memory(self.array(a), self.array(b), max_work=10_000))
+            return bool(np.shares_memory(self.array(a), self.array(b), max_work=10_000))  # type: ignore[arg-type]  # the stubs know two values only
         except np.exceptions.TooHardError:
             return True
 
@@ -233,8 +233,7 @@ class Storage:
             return []
         box = self.base_box(layout)
         ranges = [
-            (bisect_right(starts, piece.start) - 1, bisect_left(starts, piece.stop))
-            for starts, piece in zip(self.cells, box, strict=True)
+            (bisect_right(starts, piece.start) - 1, bisect_left(starts, piece.stop)) for starts, piece in zip(self.cells, box, strict=True)
         ]
         counts = self.counts
         # Trailing axes that are taken whole, and the axis before them, form one run of numbers.

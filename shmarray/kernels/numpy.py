@@ -33,9 +33,7 @@ MOST_STAGED_ITEMS = 1 << 19  # a tile larger than this is fetched block by block
 
 def open_window(context: Context, operand: Operand) -> Window:
     """Return the bytes of an operand in this process."""
-    window: Window = context.memory.window(
-        context.addresses[operand.buffer], operand.offset, operand.shape, operand.strides, operand.dtype
-    )
+    window: Window = context.memory.window(context.addresses[operand.buffer], operand.offset, operand.shape, operand.strides, operand.dtype)
     return window
 
 

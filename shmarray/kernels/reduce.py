@@ -180,4 +180,6 @@ class FinishKernel:
 
 def _get(window: Window, split: int, box: Box) -> NDArray:
     part = window[(slice(split, split + 1), *box)]
-    return (part.read() if isinstance(part, Remote) else part)[0]
+    values: NDArray = part.read() if isinstance(part, Remote) else part
+    first: NDArray = values[0]
+    return first

@@ -164,9 +164,7 @@ def map_blocks(
     else:
         sizes = tuple((1,) if k is None else grid[k] for k in origin)
     wants = _wants(func)
-    axes = tuple(
-        tuple(origin.index(k + ndim - a.ndim) if (k + ndim - a.ndim) in origin else None for k in range(a.ndim)) for a in arrays
-    )
+    axes = tuple(tuple(origin.index(k + ndim - a.ndim) if (k + ndim - a.ndim) in origin else None for k in range(a.ndim)) for a in arrays)
     kind = checked_dtype(dtype) if dtype is not None else _inferred_dtype(func, args, kwargs, wants, len(sizes))
     placed = tuple(None if isinstance(a, Handle) else (a,) for a in args)
     operation = _MapBlocks(func, placed, kwargs, tuple(a.chunks for a in arrays), sizes, axes, kind, wants)
@@ -216,7 +214,9 @@ def _wants(func: Callable[..., Any]) -> tuple[bool, bool]:
     return "block_id" in parameters, "block_info" in parameters
 
 
-def _inferred_dtype(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], wants: tuple[bool, bool], ndim: int) -> np.dtype[Any]:
+def _inferred_dtype(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], wants: tuple[bool, bool], ndim: int
+) -> np.dtype[Any]:
     """Call the function on arrays of one element: never of none, which many functions cannot take."""
     probes = [np.ones((1,) * a.ndim, a.dtype) if isinstance(a, Handle) else a for a in args]
     extras: dict[str, Any] = {}
@@ -224,7 +224,10 @@ def _inferred_dtype(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         extras["block_id"] = (0,) * ndim
     if wants[1]:
         one = {"shape": (1,) * ndim, "num-chunks": (1,) * ndim, "array-location": [(0, 1)] * ndim, "chunk-location": (0,) * ndim}
-        extras["block_info"] = {**{k: one for k, a in enumerate(args) if isinstance(a, Handle)}, None: {**one, "chunk-shape": (1,) * ndim, "dtype": None}}
+        extras["block_info"] = {
+            **{k: one for k, a in enumerate(args) if isinstance(a, Handle)},
+            None: {**one, "chunk-shape": (1,) * ndim, "dtype": None},
+        }
     try:
         with np.errstate(all="ignore"):
             result = func(*probes, **kwargs, **extras)

@@ -18,19 +18,35 @@ from shmarray.dtypes import checked_dtype
 from shmarray.expr import Block, BlockOperation, Expr, Fill, FillOperation, Foreign, View, make
 from shmarray.handle import Handle, as_handle, as_node, in_memory, wrap
 from shmarray.ops.elementwise import astype
+from shmarray.ops.shaping import broadcast_to, stack
 from shmarray.region import Box, IndexMap
 
 __all__ = [
-    "arange", "array", "asanyarray", "asarray", "ascontiguousarray", "empty", "empty_like", "eye", "from_array", "fromfunction", "full",
-    "full_like", "identity", "indices", "linspace", "ones", "ones_like", "zeros", "zeros_like",
-]  # fmt: skip
+    "arange",
+    "array",
+    "asanyarray",
+    "asarray",
+    "ascontiguousarray",
+    "empty",
+    "empty_like",
+    "eye",
+    "from_array",
+    "fromfunction",
+    "full",
+    "full_like",
+    "identity",
+    "indices",
+    "linspace",
+    "ones",
+    "ones_like",
+    "zeros",
+    "zeros_like",
+]
 
 
 def _shape(shape: Any) -> tuple[int, ...]:
-    try:
-        result = (operator.index(shape),)
-    except TypeError:
-        result = tuple(operator.index(n) for n in shape)
+    sizes = shape if isinstance(shape, (tuple, list, np.ndarray)) and np.ndim(shape) else (shape,)
+    result = tuple(operator.index(n) for n in sizes)
     if any(n < 0 for n in result):
         raise ValueError(f"negative dimensions are not allowed: shape {result}")
     return result
@@ -50,9 +66,7 @@ class _Constant(FillOperation):
 def _constant(shape: Any, value: Any, dtype: Any, chunks: Any, name: str) -> Any:
     whole = _shape(shape)
     dtype = checked_dtype(dtype)
-    scalar = np.full((), value, dtype)[()]
-    if not isinstance(scalar, np.generic):
-        raise TypeError(f"{name} of dtype {dtype} is not supported")
+    scalar: Any = np.full((), value, dtype)[()]
     node = make(Fill, whole, dtype, _interned_constant(scalar, name), (name, scalar))
     return wrap(node, normalize_chunks(chunks, whole, dtype))
 
@@ -91,8 +105,6 @@ def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C", *, ch
     value = as_node(fill_value, "fill_value")
     if isinstance(value, Expr):
         if value.shape:
-            from shmarray.ops.shaping import broadcast_to
-
             whole = _shape(shape)
             spread = broadcast_to(as_handle(fill_value), whole).rechunk(normalize_chunks(chunks, whole, value.dtype))
             return spread if dtype is None else astype(spread, dtype)
@@ -122,10 +134,17 @@ def empty_like(a: Any, dtype: Any = None, order: str = "K", subok: bool = True, 
     return _like(a, 0, dtype, shape, chunks, "empty")
 
 
-def full_like(a: Any, fill_value: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None, *, chunks: Any = None) -> Any:
+def full_like(
+    a: Any, fill_value: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None, *, chunks: Any = None
+) -> Any:
     """Return an array of one value, of the shape, dtype and chunks of ``a``, each unless given."""
     x = as_handle(a)
-    return full(x.shape if shape is None else shape, fill_value, x.dtype if dtype is None else dtype, chunks=x.chunks if chunks is None and shape is None else chunks or "auto")
+    return full(
+        x.shape if shape is None else shape,
+        fill_value,
+        x.dtype if dtype is None else dtype,
+        chunks=x.chunks if chunks is None and shape is None else chunks or "auto",
+    )
 
 
 class _Range(FillOperation):
@@ -143,7 +162,11 @@ class _Range(FillOperation):
         elif self.dtype.kind in "mM":
             out[...] = self.first + index * self.step
         else:
-            np.copyto(out, self.first + index.astype(np.result_type(self.dtype, np.float32) if self.dtype.kind == "f" else self.dtype) * self.step, casting="unsafe")
+            np.copyto(
+                out,
+                self.first + index.astype(np.result_type(self.dtype, np.float32) if self.dtype.kind == "f" else self.dtype) * self.step,
+                casting="unsafe",
+            )
 
 
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None, *, chunks: Any = "auto", like: Any = None) -> Any:
@@ -155,7 +178,9 @@ def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None, *, ch
     """
     if stop is None:
         start, stop = 0, start
-    kind = checked_dtype(np.arange(*[type(v)(1) if isinstance(v, (int, float)) else v for v in (start, stop, step)]).dtype if dtype is None else dtype)
+    kind = checked_dtype(
+        np.arange(*[type(v)(1) if isinstance(v, (int, float)) else v for v in (start, stop, step)]).dtype if dtype is None else dtype
+    )
     if step == 0:
         raise ZeroDivisionError("arange with a step of 0")
     n = max(0, math.ceil((stop - start) / step))
@@ -181,7 +206,9 @@ class _Linspace(FillOperation):
         np.copyto(out, np.floor(values) if self.integer else values, casting="unsafe")
 
 
-def linspace(start: Any, stop: Any, num: int = 50, endpoint: bool = True, retstep: bool = False, dtype: Any = None, *, chunks: Any = "auto") -> Any:
+def linspace(
+    start: Any, stop: Any, num: int = 50, endpoint: bool = True, retstep: bool = False, dtype: Any = None, *, chunks: Any = "auto"
+) -> Any:
     """Return ``num`` evenly spaced numbers from ``start`` to ``stop``, with the last one unless ``endpoint`` is False."""
     num = operator.index(num)
     if num < 0:
@@ -263,8 +290,6 @@ def fromfunction(function: Callable[..., Any], shape: Any, *, dtype: Any = float
 
 def indices(dimensions: Any, dtype: Any = int, *, chunks: Any = "auto") -> Any:
     """Return the index of each element along each axis, stacked along a new first axis."""
-    from shmarray.ops.shaping import stack
-
     shape = _shape(dimensions)
     parts = []
     for axis, n in enumerate(shape):
@@ -307,7 +332,7 @@ def array(a: Any, dtype: Any = None, *, copy: bool = True, chunks: Any = None, n
     """
     if not copy:
         x = asarray(a, dtype, chunks=chunks)
-    elif isinstance(a, Handle) or _is_source(a) and not isinstance(a, np.ndarray):
+    elif isinstance(a, Handle) or (_is_source(a) and not isinstance(a, np.ndarray)):
         x = asarray(a, dtype, chunks=chunks).copy()
     else:
         values = np.asarray(a, dtype=None if dtype is None else checked_dtype(dtype))
@@ -329,7 +354,7 @@ def from_array(x: Any, chunks: Any = "auto", name: Any = None, lock: Any = None,
     (``persist()`` once for repeated use). Other arguments of dask's function are accepted and have no effect.
     """
     if isinstance(x, Handle):
-        return x.rechunk(chunks)
+        return as_handle(x).rechunk(chunks)
     if isinstance(x, (np.ndarray, np.generic)) or not _is_source(x):
         values = np.asarray(x)
         checked_dtype(values.dtype, f"{type(x).__name__}")
@@ -338,6 +363,12 @@ def from_array(x: Any, chunks: Any = "auto", name: Any = None, lock: Any = None,
         shape = _shape(x.shape)
         node = make(Foreign, shape, checked_dtype(x.dtype, type(x).__name__), x)
     own = getattr(x, "chunks", None)
-    if chunks == "auto" and isinstance(own, tuple) and len(own) == node.ndim and node.ndim and all(isinstance(c, int) and c > 0 for c in own):
+    if (
+        chunks == "auto"
+        and isinstance(own, tuple)
+        and len(own) == node.ndim
+        and node.ndim
+        and all(isinstance(c, int) and c > 0 for c in own)
+    ):
         chunks = own
     return wrap(node, normalize_chunks(chunks, node.shape, node.dtype))

@@ -134,7 +134,8 @@ def _function(name: str) -> Callable[..., Any]:
     summary = next((p for p in own if p and not p.startswith(name + "(")), f"{name}, element by element.")
     function.__name__ = function.__qualname__ = name
     function.__doc__ = (
-        f"{' '.join(summary.split())}\n\n    Lazy; operands broadcast, dtypes as NumPy's ``{name}``. ``out=``, ``where=`` and ``dtype=`` as there.\n"
+        f"{' '.join(summary.split())}\n\n    Lazy; operands broadcast, dtypes as NumPy's ``{name}``. ``out=``, ``where=`` and "
+        f"``dtype=`` as there.\n"
     )
     return function
 
@@ -145,4 +146,12 @@ for _alias in sorted(dir(np)):
     _target = getattr(np, _alias)
     if isinstance(_target, np.ufunc) and _target.signature is None and _alias not in ELEMENTWISE:
         ELEMENTWISE[_alias] = ELEMENTWISE[_target.__name__]
-ELEMENTWISE |= {"where": where, "clip": clip, "round": round, "around": round, "isclose": isclose, "nan_to_num": nan_to_num, "astype": astype}
+ELEMENTWISE |= {
+    "where": where,
+    "clip": clip,
+    "round": round,
+    "around": round,
+    "isclose": isclose,
+    "nan_to_num": nan_to_num,
+    "astype": astype,
+}

@@ -14,6 +14,7 @@ import numpy as np
 from shmarray.dtypes import result_dtypes
 from shmarray.expr import Block, BlockOperation, make
 from shmarray.handle import as_handle, wrap
+from shmarray.ops.creation import zeros
 from shmarray.ops.elementwise import apply, astype
 from shmarray.ops.reductions import sum as _sum
 from shmarray.ops.shaping import broadcast_to, moveaxis, reshape, transpose
@@ -52,11 +53,11 @@ class _MatMul(BlockOperation):
 
     def scratch(self, at: Box) -> int:
         rows, columns = at[-2].stop - at[-2].start, at[-1].stop - at[-1].start
-        return 2 * (rows + columns) * self.a[-1] * self.itemsize
+        return int(2 * (rows + columns) * self.a[-1] * self.itemsize)
 
     def cost(self, at: Box) -> int:
         rows, columns = at[-2].stop - at[-2].start, at[-1].stop - at[-1].start
-        return max(1, rows * columns * self.a[-1] // 8)
+        return max(1, int(rows * columns * self.a[-1]) // 8)
 
 
 def _cut(n: int, edge: int) -> tuple[int, ...]:
@@ -84,7 +85,10 @@ def matmul(x1: Any, x2: Any, /, out: Any = None, **kwargs: Any) -> Any:
     a, b = as_handle(x1), as_handle(x2)
     if not a.ndim or not b.ndim:
         which = 0 if not a.ndim else 1
-        raise ValueError(f"matmul: Input operand {which} does not have enough dimensions (has 0, gufunc core with signature (n?,k),(k,m?)->(n?,m?) requires 1)")
+        raise ValueError(
+            f"matmul: Input operand {which} does not have enough dimensions (has 0, gufunc core with signature "
+            f"(n?,k),(k,m?)->(n?,m?) requires 1)"
+        )
     rows_gone, columns_gone = a.ndim == 1, b.ndim == 1
     a = a[None, :] if rows_gone else a
     b = b[:, None] if columns_gone else b
@@ -113,8 +117,6 @@ def _product(a: Any, b: Any, dtype: np.dtype[Any]) -> Any:
     rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     shape = (*batch, rows, columns)
     if math.prod(shape) == 0 or inner == 0:
-        from shmarray.ops.creation import zeros
-
         return zeros(shape, dtype)
     tiles = math.prod(batch) * -(-rows // EDGE_ITEMS) * -(-columns // EDGE_ITEMS)
     pieces = inner // SPLIT_ITEMS

@@ -31,7 +31,9 @@ class _Stream(FillOperation):
 
     cost = 10
 
-    def __init__(self, key: tuple[int, int], draw: int, method: str, kwargs: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, key: tuple[int, int], draw: int, method: str, kwargs: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
         self.key, self.draw, self.method, self.kwargs, self.shape, self.dtype = key, draw, method, kwargs, shape, dtype
         self.name = f"random.{method}"
         self.blocks: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
@@ -112,7 +114,9 @@ class Generator:
             raise ValueError(f"negative dimensions are not allowed: size {shape}")
         for name, value in kwargs.items():
             if np.ndim(value):
-                raise TypeError(f"{method}({name}=...) takes a number here, got an array of shape {np.shape(value)}; scale the result instead")
+                raise TypeError(
+                    f"{method}({name}=...) takes a number here, got an array of shape {np.shape(value)}; scale the result instead"
+                )
         probe = np.asarray(getattr(np.random.Generator(np.random.Philox(0)), method)(size=1, **kwargs))  # the errors are NumPy's
         kind = checked_dtype(probe.dtype)
         operation = _Stream(self._key, self._draws, method, kwargs, shape, kind)

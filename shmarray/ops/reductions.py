@@ -16,19 +16,43 @@ from shmarray.expr import Expr, Reduction, Scan, View, make
 from shmarray.handle import Handle, as_handle, in_memory, wrap
 from shmarray.ops.elementwise import apply, astype, where
 from shmarray.ops.reductions_table import REDUCTIONS
+from shmarray.ops.shaping import broadcast_to, ravel
 from shmarray.region import IndexMap, axis_tuple
 
 __all__ = [
-    "accumulate", "all", "amax", "amin", "any", "argmax", "argmin", "average", "count_nonzero", "cumprod", "cumsum", "max", "mean", "min",
-    "nanmax", "nanmean", "nanmin", "nanprod", "nanstd", "nansum", "nanvar", "prod", "ptp", "reduce_ufunc", "std", "sum", "var",
-]  # fmt: skip
+    "accumulate",
+    "all",
+    "amax",
+    "amin",
+    "any",
+    "argmax",
+    "argmin",
+    "average",
+    "count_nonzero",
+    "cumprod",
+    "cumsum",
+    "max",
+    "mean",
+    "min",
+    "nanmax",
+    "nanmean",
+    "nanmin",
+    "nanprod",
+    "nanstd",
+    "nansum",
+    "nanvar",
+    "prod",
+    "ptp",
+    "reduce_ufunc",
+    "std",
+    "sum",
+    "var",
+]
 
 _NO_VALUE: Any = type("NoValue", (), {"__repr__": lambda self: "<no value>"})()
 
 
-def _reduce(
-    kind: str, x: Any, axis: Any, dtype: np.dtype[Any], keepdims: bool, empty: Any, label: str = "", **params: Any
-) -> Any:
+def _reduce(kind: str, x: Any, axis: Any, dtype: np.dtype[Any], keepdims: bool, empty: Any, label: str = "", **params: Any) -> Any:
     """Return the reduction; ``empty`` is NumPy's function, asked when there is nothing to reduce."""
     x = as_handle(x)
     axes = axis_tuple(axis, x.ndim)
@@ -39,10 +63,14 @@ def _reduce(
         value = np.asarray(value, dtype).reshape(out)
         node: Expr = in_memory(value)
     elif not axes and x.ndim == 0:
-        node = make(Reduction, (1,), dtype, kind, make(View, (1,), x.dtype, x.node, IndexMap((1,), (), ((-1, 0),))), (0,), _params(label, params))
+        node = make(
+            Reduction, (1,), dtype, kind, make(View, (1,), x.dtype, x.node, IndexMap((1,), (), ((-1, 0),))), (0,), _params(label, params)
+        )
         return wrap(make(View, (), dtype, node, IndexMap((), (0,), ())))
     elif not axes:
-        lifted = make(View, (*x.shape, 1), x.dtype, x.node, IndexMap((*x.shape, 1), (0,) * x.ndim, (*((k, 1) for k in range(x.ndim)), (-1, 0))))
+        lifted = make(
+            View, (*x.shape, 1), x.dtype, x.node, IndexMap((*x.shape, 1), (0,) * x.ndim, (*((k, 1) for k in range(x.ndim)), (-1, 0)))
+        )
         node = make(Reduction, (*x.shape, 1), dtype, kind, lifted, (x.ndim,), _params(label, params))
         map = IndexMap(x.shape, (0,) * (x.ndim + 1), tuple((k, 1) for k in range(x.ndim)))
         return wrap(make(View, x.shape, dtype, node, map), x.chunks)
@@ -69,14 +97,13 @@ def _like(function: Any, x: Any, **kwargs: Any) -> np.dtype[Any]:
 
 
 def _into(result: Any, out: Any) -> Any:
+    """Return the result, written into ``out`` where that is given."""
     if out is None:
         return result
     if isinstance(out, tuple):
         (out,) = out
-    if isinstance(out, Handle):
-        out[...] = astype(result, out.dtype)
-    else:
-        out[...] = result.compute()
+    target: Any = out
+    target[...] = astype(result, target.dtype) if isinstance(out, Handle) else result.compute()
     return out
 
 
@@ -92,7 +119,14 @@ def _with_initial(result: Any, ufunc: str, initial: Any) -> Any:
 
 
 def reduce_ufunc(
-    ufunc: np.ufunc, x: Any, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True
+    ufunc: np.ufunc,
+    x: Any,
+    axis: Any = 0,
+    dtype: Any = None,
+    out: Any = None,
+    keepdims: bool = False,
+    initial: Any = _NO_VALUE,
+    where: Any = True,
 ) -> Any:
     """Return ``ufunc.reduce(x, axis)``. Associative ufuncs run in parallel; others, whose order matters, as one call of NumPy."""
     x = as_handle(x)
@@ -108,11 +142,15 @@ def reduce_ufunc(
         value = ufunc.reduce(np.empty(x.shape, x.dtype), axis=axis, dtype=dtype, keepdims=keepdims, initial=initial)
         return _into(as_handle(value), out)
     given = x if dtype is None or name in ("add", "multiply") else astype(x, dtype)
-    result = _reduce(name, given, axis, result_dtype, keepdims, lambda a, axis: ufunc.reduce(a, axis=axis, dtype=dtype, keepdims=True), "reduce")
+    result = _reduce(
+        name, given, axis, result_dtype, keepdims, lambda a, axis: ufunc.reduce(a, axis=axis, dtype=dtype, keepdims=True), "reduce"
+    )
     return _into(_with_initial(result, name, initial), out)
 
 
-def sum(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True) -> Any:
+def sum(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True
+) -> Any:
     """Return the sum over ``axis`` (None: all), in a tree fixed by the shape: the same bits for any chunks and workers.
 
     >>> import shmarray as sa
@@ -122,7 +160,9 @@ def sum(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: 
     return reduce_ufunc(np.add, a, axis, dtype, out, keepdims, initial, where)
 
 
-def prod(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True) -> Any:
+def prod(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True
+) -> Any:
     """Return the product over ``axis``."""
     return reduce_ufunc(np.multiply, a, axis, dtype, out, keepdims, initial, where)
 
@@ -177,8 +217,6 @@ def mean(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims:
 
 
 def _count_where(x: Any, mask: Any, axis: Any, keepdims: bool) -> Any:
-    from shmarray.ops.shaping import broadcast_to
-
     return sum(astype(broadcast_to(as_handle(mask), x.shape), np.intp), axis, keepdims=keepdims)
 
 
@@ -195,7 +233,8 @@ def average(a: Any, axis: Any = None, weights: Any = None, keepdims: bool = Fals
         if w.shape[0] != x.shape[only]:
             raise ValueError(f"Length of weights {w.shape[0]} not compatible with axis {axis} of length {x.shape[only]}")
         w = w[tuple(slice(None) if k == only else None for k in range(x.ndim))]
-    return sum(x * w, axis, keepdims=keepdims) / sum(w * np.ones((), x.dtype if x.dtype.kind in "fc" else float), axis if w.shape == x.shape else axis, keepdims=keepdims)
+    total = sum(w, axis if w.ndim == x.ndim and w.shape == x.shape else None, keepdims=keepdims and w.shape == x.shape)
+    return sum(x * w, axis, keepdims=keepdims) / total
 
 
 def _spread(kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool) -> Any:
@@ -285,7 +324,10 @@ def _arg(kind: str, numpy_function: Any, a: Any, axis: Any, out: Any, keepdims: 
     if axis is not None and not np.isscalar(axis):
         raise TypeError(f"'{type(axis).__name__}' object cannot be interpreted as an integer")
     dtype = np.dtype(np.intp)
-    return _into(_reduce(kind, x, axis, dtype, keepdims, lambda v, axis: numpy_function(v, axis=None if axis is None else axis[0], keepdims=True)), out)
+    return _into(
+        _reduce(kind, x, axis, dtype, keepdims, lambda v, axis: numpy_function(v, axis=None if axis is None else axis[0], keepdims=True)),
+        out,
+    )
 
 
 def argmin(a: Any, axis: Any = None, out: Any = None, *, keepdims: bool = False) -> Any:
@@ -319,7 +361,7 @@ def accumulate(ufunc: np.ufunc, a: Any, axis: int = 0, dtype: Any = None, out: A
 def _cumulative(ufunc: np.ufunc, a: Any, axis: Any, dtype: Any, out: Any) -> Any:
     x = as_handle(a)
     if axis is None:
-        x, axis = x.ravel(), 0
+        x, axis = ravel(x), 0
     return accumulate(ufunc, x, axis, dtype, out)
 
 
@@ -336,5 +378,3 @@ def cumsum(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
 def cumprod(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
     """Return the running product along ``axis`` (None: of the flattened array)."""
     return _cumulative(np.multiply, a, axis, dtype, out)
-
-

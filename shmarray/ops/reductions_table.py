@@ -99,10 +99,11 @@ def _real(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _square(x: NDArray) -> NDArray:
     """|x|^2, written over x where it is real."""
     if x.dtype.kind == "c":
-        squared = np.square(x.real)
+        squared: NDArray = np.square(x.real)
         squared += np.square(x.imag)
         return squared
-    return np.multiply(x, x, out=x)
+    product: NDArray = np.multiply(x, x, out=x)
+    return product
 
 
 def _merge_moments(a: States, b: States, na: Any, nb: Any) -> tuple[NDArray, NDArray]:
@@ -136,7 +137,8 @@ def _spread(name: str, root: bool) -> ReductionRow:
 
     def finish(states: States, count: int, dtype: np.dtype[Any], params: Params) -> NDArray:
         variance = np.asarray(states[1] / np.float64(max(count - params.get("ddof", 0), 0)))
-        return (np.sqrt(variance) if root else variance).astype(dtype, copy=False)
+        result: NDArray = np.sqrt(variance) if root else variance
+        return result.astype(dtype, copy=False)
 
     return ReductionRow(name, states, leaf, combine, finish)
 
@@ -146,7 +148,8 @@ def _not_nan(x: NDArray) -> NDArray:
 
 
 def _count(x: NDArray, part: Part) -> NDArray:
-    return np.add.reduce(_not_nan(x), axis=part.axes, dtype=np.int64, keepdims=True)
+    count: NDArray = np.add.reduce(_not_nan(x), axis=part.axes, dtype=np.int64, keepdims=True)
+    return count
 
 
 def _nanmean() -> ReductionRow:
@@ -193,7 +196,8 @@ def _nanspread(name: str, root: bool) -> ReductionRow:
         left = states[2] - params.get("ddof", 0)
         with np.errstate(invalid="ignore", divide="ignore"):
             variance = np.where(left > 0, states[1] / np.maximum(left, 0).astype(np.float64), np.nan)
-        return (np.sqrt(variance) if root else variance).astype(dtype, copy=False)
+        result: NDArray = np.sqrt(variance) if root else variance
+        return result.astype(dtype, copy=False)
 
     return ReductionRow(name, states, leaf, combine, finish)
 
@@ -232,16 +236,15 @@ def _arg(name: str, better: Callable[[NDArray, NDArray], NDArray]) -> ReductionR
 
 
 _WIDE = ("add", "multiply", "hypot", "logaddexp", "logaddexp2")
-_NARROW = (
-    "minimum maximum fmin fmax logical_or logical_and logical_xor bitwise_or bitwise_and bitwise_xor gcd lcm".split()  # fmt: skip
-)
+_NARROW = ("minimum", "maximum", "fmin", "fmax", "gcd", "lcm")
+_TRUTH = ("logical_or", "logical_and", "logical_xor", "bitwise_or", "bitwise_and", "bitwise_xor")
 
 REDUCTIONS = MappingProxyType(
     {
         row.name: row
         for row in (
             *(_of_ufunc(name, wide=True) for name in _WIDE),
-            *(_of_ufunc(name, wide=False) for name in _NARROW),
+            *(_of_ufunc(name, wide=False) for name in (*_NARROW, *_TRUTH)),
             _mean(),
             _spread("var", root=False),
             _spread("std", root=True),

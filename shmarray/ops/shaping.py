@@ -22,10 +22,32 @@ from shmarray.region import IndexMap, axis_tuple, broadcast_shape, identity_map,
 from shmarray.storage import Layout
 
 __all__ = [
-    "atleast_1d", "atleast_2d", "block", "broadcast_arrays", "broadcast_to", "concatenate", "expand_dims", "flip", "fliplr", "flipud", "getitem",
-    "hstack", "moveaxis", "ravel", "reshape", "roll", "rollaxis", "setitem_node", "squeeze", "stack", "swapaxes", "take", "transpose", "view_of",
+    "atleast_1d",
+    "atleast_2d",
+    "block",
+    "broadcast_arrays",
+    "broadcast_to",
+    "concatenate",
+    "expand_dims",
+    "flip",
+    "fliplr",
+    "flipud",
+    "getitem",
+    "hstack",
+    "moveaxis",
+    "ravel",
+    "reshape",
+    "roll",
+    "rollaxis",
+    "setitem_node",
+    "squeeze",
+    "stack",
+    "swapaxes",
+    "take",
+    "transpose",
+    "view_of",
     "vstack",
-]  # fmt: skip
+]
 
 
 def view_of(x: Any, map: IndexMap, chunks: Chunks | None = None) -> Any:
@@ -43,7 +65,7 @@ def view_of(x: Any, map: IndexMap, chunks: Chunks | None = None) -> Any:
 
 def _map_chunks(x: Any, map: IndexMap) -> Chunks:
     """Return the chunks of a view: those of the input that it cuts through."""
-    result = []
+    result: list[tuple[int, ...]] = []
     for n, (axis, step) in zip(map.shape, map.axes, strict=True):
         if axis < 0 or n == 0:
             result.append((n,))
@@ -56,10 +78,8 @@ def _map_chunks(x: Any, map: IndexMap) -> Chunks:
         last = first + (n - 1) * step
         edges = np.cumsum((0, *sizes))
         # How many of the picked indices lie before each edge, seen in the order they are picked.
-        if step > 0:
-            before = np.clip(-(-(edges - first) // step), 0, n)
-        else:
-            before = np.clip(-(-(edges - last) // -step), 0, n)
+        lowest = first if step > 0 else last
+        before = np.clip(-(-(edges - lowest) // abs(step)), 0, n)
         counts = np.diff(before)
         if step < 0:
             counts = counts[::-1]
@@ -70,7 +90,10 @@ def _map_chunks(x: Any, map: IndexMap) -> Chunks:
 def getitem(x: Any, key: Any) -> Any:
     """Return ``x[key]``: a view for basic indices; a new array for a mask or integer arrays."""
     parts = key if isinstance(key, tuple) else (key,)
-    if any(isinstance(p, (list, np.ndarray, Handle)) and not (isinstance(p, np.ndarray) and p.ndim == 0 and p.dtype.kind in "iu") for p in parts):
+    if any(
+        isinstance(p, (list, np.ndarray, Handle)) and not (isinstance(p, np.ndarray) and p.ndim == 0 and p.dtype.kind in "iu")
+        for p in parts
+    ):
         return _fancy(x, key)
     if any(isinstance(p, (bool, np.bool_)) for p in parts):
         return _fancy(x, key)
@@ -183,7 +206,9 @@ def broadcast_to(a: Any, shape: Any, *, chunks: Any = None) -> Any:
     new = (operator.index(shape),) if isinstance(shape, (int, np.integer)) else tuple(operator.index(n) for n in shape)
     lead = len(new) - x.ndim
     if lead < 0 or any(n not in (1, m) for n, m in zip(x.shape, new[lead:], strict=True)):
-        raise ValueError(f"operands could not be broadcast together with remapped shapes [original->remapped]: {x.shape} and requested shape {new}")
+        raise ValueError(
+            f"operands could not be broadcast together with remapped shapes [original->remapped]: {x.shape} and requested shape {new}"
+        )
     axes = tuple((k - lead, 1) if k >= lead and x.shape[k - lead] == n else (-1, 0) for k, n in enumerate(new))
     result = view_of(x, IndexMap(new, (0,) * x.ndim, axes))
     return result if chunks is None else result.rechunk(chunks)
@@ -236,7 +261,9 @@ def fliplr(m: Any) -> Any:
     return flip(m, 1)
 
 
-def _assemble(shape: tuple[int, ...], dtype: np.dtype[Any], parts: Sequence[tuple[Any, IndexMap]], name: str, chunks: Chunks | None = None) -> Any:
+def _assemble(
+    shape: tuple[int, ...], dtype: np.dtype[Any], parts: Sequence[tuple[Any, IndexMap]], name: str, chunks: Chunks | None = None
+) -> Any:
     node = make(Assemble, shape, dtype, tuple(p.node for p, _ in parts), tuple(m for _, m in parts), name)
     return wrap(node, chunks)
 

@@ -35,11 +35,55 @@ class Row:
     weight: int = 1
 
 
-_HEAVY = (
-    "sin cos tan arcsin arccos arctan sinh cosh tanh arcsinh arccosh arctanh exp exp2 expm1 log log2 log10 log1p power float_power "
-    "cbrt hypot arctan2 logaddexp logaddexp2 gcd lcm"
-).split()
-_MIDDLE = "sqrt divide floor_divide remainder fmod divmod modf frexp ldexp reciprocal heaviside nextafter spacing".split()
+_HEAVY = frozenset(
+    {
+        "sin",
+        "cos",
+        "tan",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "arcsinh",
+        "arccosh",
+        "arctanh",
+        "exp",
+        "exp2",
+        "expm1",
+        "log",
+        "log2",
+        "log10",
+        "log1p",
+        "power",
+        "float_power",
+        "cbrt",
+        "hypot",
+        "arctan2",
+        "logaddexp",
+        "logaddexp2",
+        "gcd",
+        "lcm",
+    }
+)
+_MIDDLE = frozenset(
+    {
+        "sqrt",
+        "divide",
+        "floor_divide",
+        "remainder",
+        "fmod",
+        "divmod",
+        "modf",
+        "frexp",
+        "ldexp",
+        "reciprocal",
+        "heaviside",
+        "nextafter",
+        "spacing",
+    }
+)
 
 
 def _ufunc_rows() -> list[Row]:

@@ -453,9 +453,7 @@ def test_an_empty_plan_is_done(pool: Pool, executor: str) -> None:
 def test_locks_are_held_for_the_run_and_reused_by_the_holder(pool: Pool, executor: str) -> None:
     _extent, buffer, _array = stored(pool, 10)
     wanted = (LockRequest(5, 0, 3, "w"),)
-    plan = Plan(
-        buffers=(buffer,), layers=(Layer(name="count", kernel=Over((0,), 10, count), ntasks=10, writes=(0,)),), locks=wanted
-    )
+    plan = Plan(buffers=(buffer,), layers=(Layer(name="count", kernel=Over((0,), 10, count), ntasks=10, writes=(0,)),), locks=wanted)
     with pool.locks.acquire(wanted):
         pool.run(plan, executor)
         assert pool.locks.held_by_caller(5, 0, 3) == "w"

@@ -283,9 +283,7 @@ def test_circle_of_politeness_is_broken_instead_of_reported(locks: CellLocks, ac
 def test_timeout_names_the_holders_and_leaves_nothing(locks: CellLocks, actor: Make) -> None:
     a, b = actor("a"), actor("b")
     hold = a.lock(cells(3, 5, "w"))
-    with pytest.raises(
-        TimeoutError, match=r"cells \[0, 9\) of extent 7 to read .* thread 'a' .* holds cells \[3, 5\) .* to write"
-    ):
+    with pytest.raises(TimeoutError, match=r"cells \[0, 9\) of extent 7 to read .* thread 'a' .* holds cells \[3, 5\) .* to write"):
         b.do(lambda: locks.acquire(cells(0, 9, "r"), timeout=0))
     with pytest.raises(TimeoutError, match="thread 'a'"):
         b.do(lambda: locks.acquire(cells(0, 9, "r"), timeout=0.01))

@@ -263,8 +263,7 @@ def test_layers_run_ahead_only_while_there_is_room() -> None:
         state = ready_state(2)
         sources = [layer(f"s{i}", 4, writes=(2 * i,)) for i in range(6)]
         sinks = [
-            layer(f"t{i}", 4, reads=(2 * i,), writes=(2 * i + 1,), dependencies=(Dependency(i, lambda a, b: (a, b)),))
-            for i in range(6)
+            layer(f"t{i}", 4, reads=(2 * i,), writes=(2 * i + 1,), dependencies=(Dependency(i, lambda a, b: (a, b)),)) for i in range(6)
         ]
         made = plan(*sources, *sinks, buffers=tuple(Buffer(10) if i % 2 == 0 else Buffer(10, Address(0, 0)) for i in range(12)))
         commands = drain(state, state.handle(Submitted(1, made, room)))
@@ -565,12 +564,7 @@ def test_random_runs_without_harm_do_every_task_once(seed: int) -> None:
     world.play()
     assert all(isinstance(end, PlanFinished) for end in world.ended.values())
     assert all(count == 1 for counts in world.done.values() for count in counts)
-    wanted = {
-        (plan_id, buffer)
-        for plan_id, made in world.plans.items()
-        for each in made.layers
-        for buffer in (*each.reads, *each.writes)
-    }
+    wanted = {(plan_id, buffer) for plan_id, made in world.plans.items() for each in made.layers for buffer in (*each.reads, *each.writes)}
     assert world.freed == wanted
 
 
