@@ -133,9 +133,8 @@ class Array(Handle):
         if self._storage is not None and self.dtype.kind == "c":
             getattr(self, name)[...] = value
         else:
-            raise TypeError(
-                f"the {name} part can be set on a stored complex array; this is {'stored' if self.is_stored else 'an expression'} of {self.dtype}"
-            )
+            state = "stored" if self.is_stored else "an expression"
+            raise TypeError(f"the {name} part can be set on a stored complex array; this one is {state}, of dtype {self.dtype}")
 
     @property
     def live(self) -> Array:
@@ -163,8 +162,8 @@ class Array(Handle):
             state = f"{pending} operation{'s' * (pending != 1)} pending"
         grid = "x".join(str(n) for n in self.numblocks) or "1"
         return (
-            f"shmarray.Array(shape={self.shape}, dtype={self.dtype}, chunksize={self.chunksize}, {grid} chunk{'s' * (self.npartitions != 1)}, "
-            f"{format_bytes(self.nbytes)}, {state})"
+            f"shmarray.Array(shape={self.shape}, dtype={self.dtype}, chunksize={self.chunksize}, "
+            f"{grid} chunk{'s' * (self.npartitions != 1)}, {format_bytes(self.nbytes)}, {state})"
         )
 
     # --- computing ---------------------------------------------------------------------------------------------------------

@@ -165,9 +165,9 @@ def _check_inputs(nodes: Iterable[Expr]) -> None:
                 line = node.storage.changed_since(node.version, layout)
                 if line is not None:
                     raise ChangedInput(
-                        f"the stored array of shape {node.shape} that an expression built at {line_of(node) or 'an unknown line'} reads was "
-                        f"written at {line} before the expression was computed. Compute or persist() the expression before the write, build it "
-                        f"on x.copy(), or on x.live if it is meant to read whatever is there."
+                        f"the stored array of shape {node.shape} that an expression built at {line_of(node) or 'an unknown line'} reads "
+                        f"was written at {line} before the expression was computed. Compute or persist() the expression before the "
+                        f"write, build it on x.copy(), or on x.live if it is meant to read whatever is there."
                     )
 
 

@@ -71,12 +71,11 @@ class _MapBlocks(BlockOperation):
             kwargs = {**kwargs, **self._extras(at)}
         result = self.function(*args, **kwargs)
         result = np.asarray(result)
-        if result.shape != out.shape:
-            if result.ndim != out.ndim or math.prod(result.shape) != 1:
-                raise ValueError(
-                    f"{self.name} gave shape {result.shape} for chunk {self._index(at)}, expected {out.shape}. Say what it gives with "
-                    f"chunks=, drop_axis= or new_axis=."
-                )
+        if result.shape != out.shape and (result.ndim != out.ndim or math.prod(result.shape) != 1):
+            raise ValueError(
+                f"{self.name} gave shape {result.shape} for chunk {self._index(at)}, expected {out.shape}. Say what it gives with "
+                f"chunks=, drop_axis= or new_axis=."
+            )
         np.copyto(out, result, casting="same_kind" if result.dtype.kind != "O" else "unsafe")
 
     def _index(self, at: Box) -> tuple[int, ...]:
@@ -233,8 +232,8 @@ def _inferred_dtype(
             result = func(*probes, **kwargs, **extras)
     except Exception as error:
         raise ValueError(
-            f"map_blocks could not find out the dtype: {getattr(func, '__name__', func)} raised {type(error).__name__}: {error} on arrays of "
-            f"one element. Say it with dtype=."
+            f"map_blocks could not find out the dtype: {getattr(func, '__name__', func)} raised {type(error).__name__}: {error} on "
+            f"arrays of one element. Say it with dtype=."
         ) from error
     return checked_dtype(np.asarray(result).dtype, "the result of the function")
 

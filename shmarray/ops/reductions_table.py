@@ -144,7 +144,8 @@ def _spread(name: str, root: bool) -> ReductionRow:
 
 
 def _not_nan(x: NDArray) -> NDArray:
-    return x == x
+    here: NDArray = x == x
+    return here
 
 
 def _count(x: NDArray, part: Part) -> NDArray:
