@@ -112,7 +112,7 @@ class Evaluator:
                     staged = self.windows[k] = Staged(window)
                     (self.flushed if k in stored_to else self.fetched).append(staged)
         self.layouts: dict[tuple[int, ...], Values] = {}
-        self.current: Apply | None = None
+        self.current = ("", "")  # (operation, user's line) that runs now, for warnings
         self.slots, self.slot_nbytes = _assign_slots(program)
         self.scratch: dict[int, NDArray] = {}
         stored = {step.register: step.operand for step in program.steps if isinstance(step, Store)}
@@ -162,11 +162,8 @@ class Evaluator:
         return values
 
     def _warn(self, problem: str, flag: int) -> None:
-        step = self.current
-        if step is None:
-            return
-        name = {"astype": "cast"}.get(step.name, step.name.removeprefix("masked:"))
-        self.context.warn("RuntimeWarning", f"{problem} encountered in {name}", step.line)
+        name, line = self.current
+        self.context.warn("RuntimeWarning", f"{problem} encountered in {name}", line)
 
     def _layout(self, shape: tuple[int, ...]) -> Values:
         """Return, for blocks of ``shape``, an array over scratch for every register that needs one."""
@@ -267,6 +264,7 @@ class Evaluator:
         args = step.args
         windows = {register: self.windows[operand] for register, operand in targets.items()}
         single = len(outs) == 1
+        label = ({"astype": "cast"}.get(step.name, step.name.removeprefix("masked:")), step.line)
         state = {kind: {"warn": "call", "log": "call", "print": "call"}.get(mode, mode) for kind, mode in step.errstate}
         out = outs[0]
         target = windows.get(out)
@@ -274,7 +272,7 @@ class Evaluator:
         places = [(k, value) for k, (kind, value) in enumerate(args) if kind == "r"]
 
         def apply(values: Values, box: Box) -> None:
-            self.current = step
+            self.current = label
             operands = constants.copy()
             for k, register in places:
                 operands[k] = values[register]

@@ -90,7 +90,7 @@ class ReduceKernel:
         params = [dict(spec.params) for spec in self.specs]
         partials = [[open_window(context, operand) for operand in spec.partials] for spec in self.specs]
         outs = [None if spec.out is None else open_window(context, spec.out) for spec in self.specs]
-        watch = _Watch(context)
+        labels = [(spec.label, spec.line) for spec in self.specs]
 
         def run(index: int) -> None:
             tile = grid.box(index)
@@ -109,17 +109,17 @@ class ReduceKernel:
                         shape = tuple([piece.stop - piece.start for piece in box])
                         count = math.prod([shape[a] for a in axes])
                         part = Part(box, grid.shape, axes)
-                        for spec, row, extra, tree in zip(self.specs, rows, params, trees, strict=True):
+                        for spec, row, extra, tree, label in zip(self.specs, rows, params, trees, labels, strict=True):
                             value = values[spec.register]
                             if value.shape != shape:
                                 value = np.broadcast_to(value, shape)
-                            with watch.on(spec):
-                                tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
+                            evaluator.current = label
+                            tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
                     for spec, row, extra, tree, windows, out in zip(self.specs, rows, params, trees, partials, outs, strict=True):
-                        with watch.on(spec):
-                            states, count = tree.result()
-                            if out is not None:
-                                put(out, kept_block, row.finish(states, count, spec.dtype, extra))
+                        evaluator.current = (spec.label, spec.line)
+                        states, count = tree.result()
+                        if out is not None:
+                            put(out, kept_block, row.finish(states, count, spec.dtype, extra))
                         for window, state in zip(windows, states, strict=False):
                             put(window, (slice(split, split + 1), *kept_block), state[None])
                 evaluator.end(tile)
@@ -132,22 +132,6 @@ def _split_number(grid: Grid, axes: tuple[int, ...], tile: Box) -> int:
     for a in axes:
         split = split * -(-grid.shape[a] // grid.sizes[a]) + tile[a].start // grid.sizes[a]
     return split
-
-
-class _Watch:
-    """Names the reduction in the warnings that NumPy would give for it."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self.spec: ReduceSpec | None = None
-
-    def on(self, spec: ReduceSpec) -> np.errstate:
-        self.spec = spec
-        return np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warn)
-
-    def _warn(self, problem: str, flag: int) -> None:
-        if self.spec is not None:
-            self.context.warn("RuntimeWarning", f"{problem} encountered in {self.spec.label}", self.spec.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +148,13 @@ class FinishKernel:
         row, params = REDUCTIONS[spec.kind], dict(spec.params)
         windows = [open_window(context, operand) for operand in spec.partials]
         out = open_window(context, self.out)
-        watch = _Watch(context)
+
+        def warn(problem: str, flag: int) -> None:
+            context.warn("RuntimeWarning", f"{problem} encountered in {spec.label}", spec.line)
 
         def run(index: int) -> None:
             box = self.grid.box(index)
-            with watch.on(spec):
+            with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=warn):
                 tree = Tree(row.combine)
                 for split, count in enumerate(self.splits):
                     tree.push(tuple([_get(window, split, box) for window in windows]), count)
