@@ -34,7 +34,7 @@ from typing import TypeVar
 from scheduler.errors import LockError
 from scheduler.task import LockRequest
 
-__all__ = ["CellLocks", "Hold", "LockStatistics"]
+__all__ = ["CellLocks", "Hold", "LockStatistics", "process_locks"]
 
 T = TypeVar("T")
 Run = tuple[int, int, bool]  # cells [start, stop), and whether to write
@@ -638,7 +638,22 @@ def _make_file() -> int:
     return fd
 
 
+_of_process: list[CellLocks] = []
+_of_process_mutex = threading.Lock()
+
+
+def process_locks() -> CellLocks:
+    """Return the table of this process: an array of one pool may be read by a plan of another."""
+    if not _of_process:
+        with _of_process_mutex:
+            if not _of_process:
+                _of_process.append(CellLocks())
+    return _of_process[0]
+
+
 def _start_anew_in_child() -> None:
+    global _of_process_mutex
+    _of_process_mutex = threading.Lock()  # its holder may not exist here
     for locks in list(_live_tables):
         locks._start_anew()
 

@@ -23,7 +23,7 @@ from scheduler import executors, worker
 from scheduler.errors import MemoryBudgetError, PoolClosed, SharedMemoryError
 from scheduler.extents import Extent, Extents
 from scheduler.limits import Budget, cpu_count, format_bytes, parse_bytes
-from scheduler.locks import CellLocks
+from scheduler.locks import process_locks
 from scheduler.pool import WorkerPool, can_start_workers
 from scheduler.running import is_inline
 from scheduler.segments import Arena, Memory, permit_workers
@@ -70,7 +70,7 @@ class Pool:
         # Without workers nobody else maps it, and private memory has huge pages.
         self.arena = Arena(shared=self.workers > 0 and not worker.IN_WORKER)
         self.extents = Extents(self.arena, warm_limit_nbytes=self.budget.limit_nbytes // 2)
-        self.locks = CellLocks()
+        self.locks = process_locks()
         self.memory = Memory(self.arena.bytes)
         self.closed = False
         # Guards the five below; waited on by plans for which others leave no room.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scheduler.limits import format_bytes
+from scheduler.locks import process_locks
 from scheduler.task import LockRequest
 from shmarray import compute as running
 from shmarray.chunks import Chunks, chunk_box, normalize_chunks
@@ -325,7 +326,7 @@ class Array(Handle):
         storage, layout = part._storage, part._layout
         assert storage is not None and layout is not None
         requests: list[LockRequest] = storage.requests(layout, mode)
-        with storage.pool.locks.acquire(requests, timeout=timeout):
+        with process_locks().acquire(requests, timeout=timeout):
             storage.check_whole(layout)
             if mode == "w":
                 storage.before_write()

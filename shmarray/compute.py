@@ -9,6 +9,7 @@ Never put here: what is fused, how tasks run.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ from shmarray.config import config
 from shmarray.errors import ChangedInput, TornChunkError
 from shmarray.expr import Elementwise, Expr, Stored, line_of, make, postorder, user_line
 from shmarray.handle import Handle, in_memory, wrap_stored
+from shmarray.kernels.numpy import MapKernel
 from shmarray.plan import Target, build_plan
 from shmarray.storage import Layout, Storage
 
@@ -112,22 +114,7 @@ def write(target: Handle, value: Expr, scheduler: str | None = None) -> None:
     if value.dtype != layout.dtype:
         value = make(Elementwise, value.shape, layout.dtype, "astype", (value,))
     pool = current_pool()
-    plan_target = Target(layout.shape, layout.dtype, storage=storage, layout=layout)
-    reads_itself = builtins.any(isinstance(n, Stored) and n.storage is storage for n in postorder([value]))
-    if not reads_itself:
-        storage.mend(layout)
-    try:
-        run([value], [plan_target], scheduler, pool)
-    except BaseException as error:
-        storage.after_write(layout, line)  # part of it may be written
-        _tear(storage, layout, error)
-        raise
-    storage.after_write(layout, line)
-
-
-def _tear(storage: Storage, layout: Layout, error: BaseException) -> None:
-    if isinstance(error, TornChunkError):
-        storage.tear(layout, str(error))
+    run([value], [Target(layout.shape, layout.dtype, storage=storage, layout=layout)], scheduler, pool, line)
 
 
 def plan_of(nodes: Sequence[Expr]) -> Plan:
@@ -141,34 +128,74 @@ def run(
     targets: Sequence[Target],
     scheduler: str | None = None,
     pool: Pool | None = None,
+    line: str = "",
 ) -> None:
-    """Fill the targets."""
+    """Fill the targets, one after the other seen by every alias: all cells that are read or written are locked throughout."""
     pairs = [(n, t) for n, t in zip(nodes, targets, strict=True) if math.prod(t.shape)]
-    _check_inputs(n for n, _ in pairs)
     if not pairs:
         return
     pool = pool or current_pool()
+    stored = [node for node in postorder(n for n, _ in pairs) if isinstance(node, Stored)]
+    requests = [request for node in stored for request in node.storage.requests(_where(node), "r")]
+    for _, target in pairs:
+        if target.storage is not None and target.layout is not None:
+            requests.extend(target.storage.requests(target.layout, "w"))
+    # All at once, before looking: no write can come between the check and the run, and nobody waits holding half of them.
+    with pool.locks.acquire(requests) if requests else contextlib.nullcontext():
+        _run_locked(pairs, stored, scheduler, pool, line)
+
+
+def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
+    _check_inputs(stored)
     for _, target in pairs:
         if target.storage is not None:
             target.storage.before_write()
     plan = build_plan([n for n, _ in pairs], [t for _, t in pairs], pool)
-    report = pool.run(plan, scheduler or config.scheduler)
+    try:
+        report = pool.run(plan, scheduler or config.scheduler)
+    except BaseException as error:
+        for _, target in pairs:
+            if target.storage is not None and target.layout is not None:
+                target.storage.after_write(target.layout, line)  # part of it may be written
+                _tear(target.storage, target.layout, plan, error)
+        raise
+    for _, target in pairs:
+        if target.storage is not None and target.layout is not None:
+            target.storage.after_write(target.layout, line)
+            target.storage.mend(target.layout)
     _warn(report)
 
 
-def _check_inputs(nodes: Iterable[Expr]) -> None:
-    for node in postorder(nodes):
-        if isinstance(node, Stored):
-            layout = Layout(node.offset, node.shape, node.strides, node.dtype)
-            node.storage.check_whole(layout)
-            if node.version is not None:
-                line = node.storage.changed_since(node.version, layout)
-                if line is not None:
-                    raise ChangedInput(
-                        f"the stored array of shape {node.shape} that an expression built at {line_of(node) or 'an unknown line'} reads "
-                        f"was written at {line} before the expression was computed. Compute or persist() the expression before the "
-                        f"write, build it on x.copy(), or on x.live if it is meant to read whatever is there."
-                    )
+def _tear(storage: Storage, layout: Layout, plan: Plan, error: BaseException) -> None:
+    """Mark what tasks that read their own target may have left half done."""
+    begun = [(error.layer, task, task + 1) for task in error.tasks] if isinstance(error, TornChunkError) else []
+    for layer, start, stop in (*begun, *getattr(error, "unfinished", ())):
+        kernel = plan.layers[layer].kernel
+        if plan.layers[layer].retry or not isinstance(kernel, MapKernel):
+            continue
+        for task in range(start, stop):
+            box = kernel.grid.box(task)
+            offset = layout.offset + sum(piece.start * stride for piece, stride in zip(box, layout.strides, strict=True))
+            part = Layout(offset, tuple(piece.stop - piece.start for piece in box), layout.strides, layout.dtype)
+            storage.tear(part, f"{plan.layers[layer].describe(task)} was interrupted in the middle of an update.")
+
+
+def _where(node: Stored) -> Layout:
+    return Layout(node.offset, node.shape, node.strides, node.dtype)
+
+
+def _check_inputs(stored: Iterable[Stored]) -> None:
+    for node in stored:
+        layout = _where(node)
+        node.storage.check_whole(layout)
+        if node.version is not None:
+            line = node.storage.changed_since(node.version, layout)
+            if line is not None:
+                raise ChangedInput(
+                    f"the stored array of shape {node.shape} that an expression built at {line_of(node) or 'an unknown line'} reads "
+                    f"was written at {line} before the expression was computed. Compute or persist() the expression before the "
+                    f"write, build it on x.copy(), or on x.live if it is meant to read whatever is there."
+                )
 
 
 def _warn(report: Report) -> None:

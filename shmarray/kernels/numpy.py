@@ -34,7 +34,14 @@ MOST_STAGED_ITEMS = 1 << 19  # a tile larger than this is fetched block by block
 def open_window(context: Context, operand: Operand) -> Window:
     """Return the bytes of an operand in this process."""
     window: Window = context.memory.window(context.addresses[operand.buffer], operand.offset, operand.shape, operand.strides, operand.dtype)
-    return window
+    return window if operand.shape or isinstance(window, Remote) else window.view(_ZeroD)
+
+
+class _ZeroD(np.ndarray[Any, Any]):
+    """A window without axes: an index of it gives the array, as for every other window, where NumPy gives a scalar."""
+
+    def __getitem__(self, key: Any) -> NDArray:
+        return self.view(np.ndarray)
 
 
 class Staged:
@@ -462,7 +469,7 @@ def _reader(program: Program, result: int | None, context: Context) -> Callable[
         with evaluator.errstate():
             for block in blocks(box, block_sizes(tuple(max(n, 1) for n in shape))):
                 inner = tuple([slice(b.start - s.start, b.stop - s.start) for b, s in zip(block, box, strict=True)])
-                np.copyto(array[inner], evaluator.run(block)[register])
+                np.copyto(array[(*inner, ...)], evaluator.run(block)[register])
         array.flags.writeable = False
         return array
 

@@ -1,0 +1,93 @@
+"""What all tests share: the executors, internal grids cut small, and one way to compare with NumPy.
+
+Fixtures that tests under hypothesis use are of session scope and give a function or a context manager.
+Never put here: tests, sleeps, anything that starts a process before a test asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import shmarray as sa
+from shmarray import plan, tiles
+from shmarray.ops import linalg
+
+EXECUTORS = ("synchronous", "threads", "processes")
+GRIDS = {  # constant -> a value so small that arrays of a few hundred items are cut in every way
+    "BLOCK_ITEMS": 8,
+    "TILE_ITEMS": 32,
+    "REDUCTION_TILE_ITEMS": 16,
+    "MOST_PARTIAL_ITEMS": 256,
+    "ENOUGH_TASKS": 4,
+    "NARROWEST_ITEMS": 2,
+}
+PRODUCTS = {"EDGE_ITEMS": 4, "SPLIT_ITEMS": 8}
+
+
+@pytest.fixture(params=EXECUTORS)
+def executor(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once with each executor; the default pool stays warm from test to test."""
+    with sa.config.set(scheduler=request.param):
+        yield request.param
+
+
+@contextlib.contextmanager
+def _small_grids(**sizes: int) -> Iterator[None]:
+    values = {**GRIDS, **PRODUCTS, **sizes}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (tiles, plan, linalg):
+            for name, value in values.items():
+                if hasattr(module, name):
+                    patch.setattr(module, name, value)
+        patch.setattr(tiles.block_sizes, "__defaults__", (values["BLOCK_ITEMS"],))
+        yield
+
+
+@pytest.fixture(scope="session")
+def small_grids() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """A context in which this process cuts tiny arrays into many tiles and blocks. For executors that stay in this process."""
+    return _small_grids
+
+
+def _assert_same(found: Any, expected: Any, rtol: float = 0.0, atol: float = 0.0) -> None:
+    if isinstance(expected, tuple):
+        assert isinstance(found, tuple) and len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            _assert_same(one, other, rtol, atol)
+        return
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    if expected.dtype.kind in "fc" and (rtol or atol):
+        np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, equal_nan=True)
+    else:
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """``assert_same(found, expected, rtol=0, atol=0)``: dtype, shape and values agree; tuples element by element."""
+    return _assert_same
+
+
+def _outcome(call: Callable[[], Any]) -> tuple[Any, type[BaseException] | None, set[tuple[str, str]]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            value = call()
+            value = tuple(np.asarray(v) for v in value) if isinstance(value, tuple) else np.asarray(value)
+        except Exception as error:
+            return None, type(error), set()
+    return value, None, {(w.category.__name__, str(w.message)) for w in caught}
+
+
+@pytest.fixture(scope="session")
+def outcome() -> Callable[[Callable[[], Any]], tuple[Any, type[BaseException] | None, set[tuple[str, str]]]]:
+    """``outcome(call)`` gives (values as NumPy arrays, type of the error, warnings as (category, message))."""
+    return _outcome
