@@ -39,6 +39,7 @@ __all__ = [
     "Stored",
     "View",
     "exact",
+    "inherit_line",
     "line_of",
     "make",
     "postorder",
@@ -196,7 +197,7 @@ class Reduction(Expr):
 
     @property
     def name(self) -> str:
-        return self.kind
+        return _REDUCTIONS_OF_UFUNCS.get(self.kind, self.kind)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -288,6 +289,8 @@ class Assemble(Expr):
         return self.label
 
 
+_REDUCTIONS_OF_UFUNCS = {"add": "sum", "multiply": "prod", "minimum": "min", "maximum": "max", "logical_or": "any", "logical_and": "all"}
+
 N = TypeVar("N", bound=Expr)
 
 
@@ -300,6 +303,13 @@ def make(cls: Callable[..., N], *args: Any, **fields: Any) -> N:
         _interned[key] = node
     _lines[node] = user_line()
     return node  # type: ignore[return-value]  # the key holds the class
+
+
+def inherit_line(node: N, source: Expr) -> N:
+    """Return ``node``, made in place of ``source`` by a rewrite, with the line that built that."""
+    if node is not source and source in _lines:
+        _lines[node] = _lines[source]
+    return node
 
 
 def line_of(node: Expr) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shmarray.expr import Elementwise, Expr, Fill, Held, InMemory, Reshape, Stored, View, make, postorder
+from shmarray.expr import Elementwise, Expr, Fill, Held, InMemory, Reshape, Stored, View, inherit_line, make, postorder
 from shmarray.ops.table import row_for
 from shmarray.region import IndexMap, reshape_strides
 
@@ -69,9 +69,9 @@ def optimise(roots: tuple[Expr, ...]) -> Optimised:
     kept: set[Expr] = set()
     for node in nodes:
         for demand in demands[node]:
-            done[node, demand] = _rebuild(node, demand, done, node in pushed)
+            done[node, demand] = inherit_line(_rebuild(node, demand, done, node in pushed), node)
         if isinstance(node, Elementwise) and node not in pushed:
-            base = _rebuild(node, None, done, True)
+            base = inherit_line(_rebuild(node, None, done, True), node)
             kept.add(base)
             for demand in demands[node]:
                 done[node, demand] = base if demand is None else make(View, demand.shape, node.dtype, base, demand)

@@ -444,7 +444,7 @@ class _Builder:
         kernel = ReduceKernel(program, grid, axes, tuple(specs))
         stores = [*(p for _, p in along), *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
         chain = _layer_name([n for n, _ in along] + [m.x for m, _ in members if isinstance(m.x, Elementwise)], "")
-        name = "-".join(filter(None, [chain, *dict.fromkeys(spec.label for spec in specs)]))
+        name = "-".join(filter(None, [chain, *dict.fromkeys(node.name for node, _ in members)]))
         self._add(
             _LayerDraft(
                 kernel,
@@ -464,7 +464,7 @@ class _Builder:
                     _LayerDraft(
                         FinishKernel(spec, out, splits, fold),
                         fold.ntasks,
-                        f"{spec.label} of partials",
+                        f"{node.name} of partials",
                         spec.line,
                         None,
                         spec.partials,
@@ -555,11 +555,7 @@ class _Builder:
         self.scratch = max(self.scratch, operation.scratch(first))
 
         def describe(index: int) -> str:
-            return (
-                f"{operation.name}, chunk {boxes.index(index)}"
-                if operation.isolated
-                else f"{operation.name} {operation.label(boxes.box(index))}"
-            )
+            return f"chunk {boxes.index(index)}" if operation.isolated else f"part {operation.label(boxes.box(index))}"
 
         self._add(
             _LayerDraft(
@@ -890,24 +886,20 @@ def _clusters(members: list[tuple[Any, set[Any]]]) -> list[list[Any]]:
 
 def _layer_name(nodes: list[Expr], otherwise: str) -> str:
     """Return a short name: the operations of the chains, outermost last."""
-    names: list[str] = []
-    for node in nodes:
-        if isinstance(node, Elementwise):
-            names.extend(
-                n.name for n in postorder([node], lambda n: n.inputs if isinstance(n, Elementwise) else ()) if isinstance(n, Elementwise)
-            )
+    chains = postorder([n for n in nodes if isinstance(n, Elementwise)], lambda n: n.inputs if isinstance(n, Elementwise) else ())
+    names = [n.name for n in chains if isinstance(n, Elementwise)]
     if not names:
         return otherwise or ""
     return "-".join(names) if len(names) <= 4 else f"{names[0]}-..{len(names) - 2} more..-{names[-1]}"
 
 
 def _tile_description(draft: _LayerDraft) -> Callable[[int], str]:
-    grid, name = draft.grid, draft.name
+    grid = draft.grid
 
     def describe(index: int) -> str:
         if grid is None:
-            return f"{name}, task {index}"
-        return f"{name}, part [{', '.join(f'{s.start}:{s.stop}' for s in grid.box(index))}]"
+            return f"task {index}"
+        return f"part [{', '.join(f'{s.start}:{s.stop}' for s in grid.box(index))}]"
 
     return describe
 

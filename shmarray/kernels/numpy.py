@@ -87,9 +87,8 @@ class Staged:
 
     def __getitem__(self, box: Box) -> NDArray:
         assert self._tile is not None
-        part: NDArray = self._tile[
-            tuple([_ONE if n == 1 else slice(b.start - o, b.stop - o) for b, o, n in zip(box, self.origin, self._shape, strict=True)])
-        ]
+        index = [_ONE if n == 1 else slice(b.start - o, b.stop - o) for b, o, n in zip(box, self.origin, self._shape, strict=True)]
+        part: NDArray = self._tile[(*index, ...)]  # the dots: without axes it would be a scalar
         return part
 
 

@@ -142,8 +142,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 _OWN = {"where", "clip", "round", "isclose", "nan_to_num", "astype"}
 ELEMENTWISE: dict[str, Callable[..., Any]] = {name: _function(name) for name in ROWS if name not in _OWN}
-for _alias in sorted(dir(np)):
-    _target = getattr(np, _alias)
+for _alias, _target in sorted(vars(np).items()):
     if isinstance(_target, np.ufunc) and _target.signature is None and _alias not in ELEMENTWISE:
         ELEMENTWISE[_alias] = ELEMENTWISE[_target.__name__]
 ELEMENTWISE |= {

@@ -160,7 +160,8 @@ class Twins:
         kind = self.draw(st.sampled_from(["index", "T", "reshape", "part", "rechunk"]), "view")
         if kind == "index":
             key = self.draw(hnp.basic_indices(a.shape, allow_newaxis=True, max_dims=4), "key")
-            b, y = a[(*key, ...) if isinstance(key, tuple) else (key, ...)], x[key]
+            parts = key if isinstance(key, tuple) else (key,)
+            b, y = a[key if Ellipsis in parts else (*parts, ...)], x[key]  # the dots: 0-d views, not scalars
         elif kind == "T":
             b, y = a.T, x.T
         elif kind == "reshape":
