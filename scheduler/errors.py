@@ -13,6 +13,7 @@ __all__ = [
     "SharedMemoryError",
     "TaskError",
     "TornChunkError",
+    "UnreachableMemory",
     "WorkerDied",
     "WorkerStartError",
 ]
@@ -28,6 +29,10 @@ class MemoryBudgetError(SchedulerError, MemoryError):
 
 class SharedMemoryError(SchedulerError, MemoryError):
     """The arena has no room left, or the system refuses shared memory."""
+
+
+class UnreachableMemory(SharedMemoryError):
+    """The system forbids workers to read and write the driver's memory (Yama, seccomp); it has to be staged."""
 
 
 class PoolClosed(SchedulerError):

@@ -73,6 +73,7 @@ class Pool:
         self.locks = process_locks()
         self.memory = Memory(self.arena.bytes)
         self.closed = False
+        self.is_driver_reachable = True  # until a worker finds that the system forbids it; any thread may write False
         # Guards the five below; waited on by plans for which others leave no room.
         self._changed = threading.Condition(threading.RLock())
         self._reserved_nbytes = 0

@@ -27,14 +27,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from scheduler.errors import SharedMemoryError
+from scheduler.errors import SharedMemoryError, UnreachableMemory
 from scheduler.task import ARENA, DRIVER, Address
 
-__all__ = ["Arena", "Memory", "Remote", "can_reach_driver", "permit_workers"]
+__all__ = ["Arena", "Memory", "Remote", "permit_workers"]
 
 type_u8 = np.dtype(np.uint8)
 PAGE_NBYTES = mmap.PAGESIZE
 LARGEST_ARENA_NBYTES = 1 << 40  # mapping 1 TiB costs 16 us
+NO_PROCESS_VM = "SHMARRAY_NO_PROCESS_VM"  # an environment variable: behave as where the kernel refuses, for tests and doubts
 MOST_VECTORS = 1024  # IOV_MAX on Linux
 WIDEST_INNER_STRIDE = 8  # items: up to here reading the gaps too is cheaper than a vector per item
 
@@ -262,6 +263,8 @@ class Remote:
         vectors = np.empty((len(starts), 2), np.int64)
         vectors[:, 0] = starts
         vectors[:, 1] = run
+        if os.environ.get(NO_PROCESS_VM):
+            raise UnreachableMemory(f"{call} is switched off by {NO_PROCESS_VM}")
         function = getattr(_libc, call)
         function.restype = ctypes.c_ssize_t
         local = (ctypes.c_uint64 * 2)()
@@ -283,7 +286,8 @@ class Remote:
                 )
                 if moved <= 0:
                     code = ctypes.get_errno()
-                    raise SharedMemoryError(
+                    kind = UnreachableMemory if code in (errno.EPERM, errno.ENOSYS, errno.EACCES) else SharedMemoryError
+                    raise kind(
                         f"{call} of {nbytes} bytes at {start:#x} of process {self.pid} failed after {done}: {os.strerror(code)}"
                     )
                 done += moved
@@ -303,12 +307,3 @@ def _skip(vectors: np.ndarray[Any, Any], done: int, run: int) -> np.ndarray[Any,
 def permit_workers() -> None:
     """Let this process's descendants read and write its memory where Yama asks for that; elsewhere do nothing."""
     _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getpid()), 0, 0, 0)
-
-
-def can_reach_driver(pid: int, address: int) -> bool:
-    """Return whether this process may read the memory of ``pid``, tried on the 8 bytes at ``address``."""
-    try:
-        Remote(pid, address, (1,), (8,), np.dtype(np.uint64)).read()
-    except (SharedMemoryError, AttributeError, OSError):
-        return False
-    return True

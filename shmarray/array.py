@@ -26,6 +26,7 @@ from shmarray.ops.table import ROWS
 from shmarray.plan import Target
 from shmarray.region import broadcast_shape, index_map
 from shmarray.storage import Layout, Storage
+from shmarray.travel import pack, unpack
 
 if TYPE_CHECKING:
     import networkx
@@ -197,7 +198,9 @@ class Array(Handle):
         """Make this array's values those of ``node``: in its memory when stored, else in this handle."""
         if node.shape != self.shape:
             node = shaping.broadcast_to(wrap(node), self.shape).node
-        if self._storage is not None:
+        if self._storage is not None and self._layout is not None:
+            if any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
+                raise ValueError(f"assignment destination is read-only: shape {self.shape} is a broadcast, whose elements share memory")
             running.write(self, node, scheduler)
         else:
             self._node = elementwise.astype(wrap(node), self.dtype).node
@@ -219,10 +222,12 @@ class Array(Handle):
     __copy__ = copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Array:
-        return self.copy()
+        return self.copy() if self.is_stored else wrap(self.node, self.chunks)
 
     def __reduce__(self) -> Any:
-        return _rebuild, (np.asarray(self), self.chunks, self._storage is not None)
+        if self._storage is not None:
+            return running.new_stored, (np.asarray(self), self.chunks)
+        return _rebuild, (pack(self.node), self.chunks)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
         if copy is False and self._storage is None:
@@ -498,7 +503,9 @@ def _operators() -> None:
         def in_place(self: Any, other: Any, _name: str = name) -> Any:
             if not _is_operand(other):
                 return NotImplemented
-            _write_out(elementwise.apply(_name, self, other), self, getattr(np, _name), "same_kind")
+            # Live: what is updated is read under the locks of the write, so that two threads that add are both counted.
+            mine = self if self._storage is None else self.live
+            _write_out(elementwise.apply(_name, mine, other), self, getattr(np, _name), "same_kind")
             return self
 
         setattr(Array, f"__{short}__", forward)
@@ -627,7 +634,5 @@ def _balanced(n: int, count: int) -> tuple[int, ...]:
     return tuple(size + (k < extra) for k in range(count))
 
 
-def _rebuild(values: NDArray, chunks: Chunks, stored: bool) -> Any:
-    if stored:
-        return running.new_stored(values, chunks)
-    return as_handle(values).rechunk(chunks) if values.ndim else as_handle(values)
+def _rebuild(packed: Any, chunks: Chunks) -> Any:
+    return wrap(unpack(packed), chunks)

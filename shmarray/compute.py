@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,20 +18,23 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.errors import UnreachableMemory
 from scheduler.run import Pool, configure_default, default_pool
 from scheduler.task import Plan, Report
-from shmarray.chunks import Chunks
+from shmarray.chunks import Chunks, default_chunks
 from shmarray.config import config
 from shmarray.errors import ChangedInput, TornChunkError
-from shmarray.expr import Elementwise, Expr, Stored, line_of, make, postorder, user_line
+from shmarray.expr import Elementwise, Expr, InMemory, Stored, line_of, make, postorder, user_line
 from shmarray.handle import Handle, in_memory, wrap_stored
 from shmarray.kernels.numpy import MapKernel
+from shmarray.optimise import substitute
 from shmarray.plan import Target, build_plan
 from shmarray.storage import Layout, Storage
 
 __all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
 
 NDArray = np.ndarray[Any, Any]
+_log = logging.getLogger("shmarray")
 
 _configured: tuple[Any, ...] = (None, None, None)  # what the default pool is made with; any thread may set it to what it sees
 
@@ -152,7 +156,14 @@ def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], schedule
             target.storage.before_write()
     plan = build_plan([n for n, _ in pairs], [t for _, t in pairs], pool)
     try:
-        report = pool.run(plan, scheduler or config.scheduler)
+        if pool.is_driver_reachable:
+            try:
+                report = pool.run(plan, scheduler or config.scheduler)
+            except UnreachableMemory as error:  # raised by the first access, before any task has written anything
+                _log.warning("workers may not reach the memory of this process (%s): staging through shared memory", error)
+                pool.is_driver_reachable = False
+        if not pool.is_driver_reachable:
+            report, plan = _run_staged(pairs, scheduler, pool)
     except BaseException as error:
         for _, target in pairs:
             if target.storage is not None and target.layout is not None:
@@ -164,6 +175,38 @@ def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], schedule
             target.storage.after_write(target.layout, line)
             target.storage.mend(target.layout)
     _warn(report)
+
+
+def _run_staged(pairs: list[tuple[Expr, Target]], scheduler: str | None, pool: Pool) -> tuple[Report, Plan]:
+    """Run with every input and output in the arena: this process copies what lies in its own memory in before, and out after."""
+    new: dict[Expr, Expr] = {}
+    for node in postorder(n for n, _ in pairs):
+        if isinstance(node, InMemory):
+            values = node.held.array
+        elif isinstance(node, Stored) and node.storage.pool is not pool:
+            values = node.storage.array(_where(node))
+        else:
+            continue
+        copy = Storage(pool, node.shape, node.dtype, default_chunks(node.shape, node.dtype))
+        np.copyto(copy.array(copy.layout), values)
+        new[node] = make(Stored, node.shape, node.dtype, copy, 0, copy.layout.strides, copy.version)
+    targets = []
+    for _, target in pairs:
+        if target.storage is not None and target.storage.pool is pool:
+            targets.append(target)
+            continue
+        aside = Storage(pool, target.shape, target.dtype, default_chunks(target.shape, target.dtype))
+        targets.append(Target(target.shape, target.dtype, storage=aside, layout=aside.layout))
+    plan = build_plan(substitute([n for n, _ in pairs], new), targets, pool)
+    report = pool.run(plan, scheduler or config.scheduler)
+    for (_, target), staged in zip(pairs, targets, strict=True):
+        if staged is target:
+            continue
+        assert staged.storage is not None and staged.layout is not None
+        final = target.array if target.storage is None else target.storage.array(target.layout or staged.layout)
+        assert final is not None
+        np.copyto(final, staged.storage.array(staged.layout))
+    return report, plan
 
 
 def _tear(storage: Storage, layout: Layout, plan: Plan, error: BaseException) -> None:

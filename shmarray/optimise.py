@@ -8,13 +8,14 @@ Never put here: layers, tiles, memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shmarray.expr import Elementwise, Expr, Fill, Held, InMemory, Reshape, Stored, View, inherit_line, make, postorder
 from shmarray.ops.table import row_for
 from shmarray.region import IndexMap, reshape_strides
 
-__all__ = ["Optimised", "optimise", "weight_below"]
+__all__ = ["Optimised", "optimise", "substitute", "weight_below"]
 
 RECOMPUTE_LIMIT = 24  # additions per element: up to here computing again beats writing and reading memory
 
@@ -124,6 +125,15 @@ def _with_inputs(node: Expr, new: dict[Expr, Expr]) -> Expr:
             value = tuple(new[v] if isinstance(v, Expr) else v for v in value)
         fields[name] = value
     return make(type(node), **fields)
+
+
+def substitute(roots: Sequence[Expr], new: dict[Expr, Expr]) -> list[Expr]:
+    """Return the roots over other nodes of the same shapes, dtypes and values."""
+    done = dict(new)
+    for node in postorder(roots, lambda n: () if n in new else n.inputs):
+        if node not in done:
+            done[node] = inherit_line(_with_inputs(node, done), node)
+    return [done[root] for root in roots]
 
 
 def _viewed(node: Expr, demand: Demand) -> Expr:
