@@ -183,16 +183,16 @@ class Array(Handle):
         return running.compute(self, scheduler=scheduler)[0]
 
     def _compute_into(self, out: Any, scheduler: str | None) -> None:
+        if not isinstance(out, (Array, np.ndarray)):
+            raise TypeError(f"compute(out=...) takes a stored array or a NumPy array, got {type(out).__name__}")
         if out.shape != self.shape:
             raise ValueError(f"compute(out=...) of shape {self.shape} into an array of shape {out.shape}")
         if not np.can_cast(self.dtype, out.dtype, "same_kind"):
             raise TypeError(f"Cannot cast output from {self.dtype!r} to {out.dtype!r} with casting rule 'same_kind'")
         if isinstance(out, Array):
             out._overwrite(self.node, scheduler)
-        elif isinstance(out, np.ndarray):
-            np.copyto(out, running.values_of(self, scheduler), casting="same_kind")
         else:
-            raise TypeError(f"compute(out=...) takes a stored array or a NumPy array, got {type(out).__name__}")
+            np.copyto(out, running.values_of(self, scheduler), casting="same_kind")
 
     def _overwrite(self, node: Expr, scheduler: str | None = None) -> None:
         """Make this array's values those of ``node``: in its memory when stored, else in this handle."""
@@ -320,8 +320,9 @@ class Array(Handle):
         """Give chunk ``chunk`` of a stored array (None: all of it) as a live NumPy view, under its lock, for a ``with`` block.
 
         ``mode`` "w": one writer and nobody else; "r": readers together, the view is read-only. Others that touch these cells,
-        computations as well, wait meanwhile; this thread does not wait for itself. Do not use the view after the block. Raises
-        IndexError when there is no such chunk, TypeError for an expression, TimeoutError after ``timeout`` seconds.
+        computations as well, wait meanwhile; this thread does not wait for itself. While a writer is inside, the array's values
+        are copies, not views. Do not use the view after the block. Raises IndexError when there is no such chunk, TypeError for an
+        expression, TimeoutError after ``timeout`` seconds.
         """
         if mode not in ("r", "w"):
             raise ValueError(f"lock(mode={mode!r}): the mode is 'r' to read or 'w' to write")
@@ -334,14 +335,14 @@ class Array(Handle):
         with process_locks().acquire(requests, timeout=timeout):
             storage.check_whole(layout)
             if mode == "w":
-                storage.before_write()
-            view = storage.array(layout)
-            view.flags.writeable = mode == "w"
+                storage.begin_write()
             try:
+                view, _extent = storage.window(layout)
+                view.flags.writeable = mode == "w"
                 yield view
             finally:
                 if mode == "w":
-                    storage.after_write(layout, user_line())
+                    storage.end_write(layout, user_line())
 
     # --- indexing ----------------------------------------------------------------------------------------------------------
 

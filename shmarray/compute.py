@@ -151,10 +151,27 @@ def run(
 
 def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
     _check_inputs(stored)
-    for _, target in pairs:
-        if target.storage is not None:
-            target.storage.before_write()
-    plan = build_plan([n for n, _ in pairs], [t for _, t in pairs], pool)
+    written = [(t.storage, t.layout) for _, t in pairs if t.storage is not None and t.layout is not None]
+    begun: list[tuple[Storage, Layout]] = []
+    told: str | None = None  # at which line they were written; None: nothing ran
+    try:
+        for storage, layout in written:
+            storage.begin_write()
+            begun.append((storage, layout))
+        plan = build_plan([n for n, _ in pairs], [t for _, t in pairs], pool)
+        told = line  # from here on part of it may be written
+        report = _run_plan(pairs, plan, begun, scheduler, pool)
+    finally:
+        for storage, layout in begun:
+            storage.end_write(layout, told)
+    for storage, layout in written:
+        storage.mend(layout)
+    _warn(report)
+
+
+def _run_plan(
+    pairs: list[tuple[Expr, Target]], plan: Plan, written: list[tuple[Storage, Layout]], scheduler: str | None, pool: Pool
+) -> Report:
     try:
         if pool.is_driver_reachable:
             try:
@@ -165,16 +182,10 @@ def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], schedule
         if not pool.is_driver_reachable:
             report, plan = _run_staged(pairs, scheduler, pool)
     except BaseException as error:
-        for _, target in pairs:
-            if target.storage is not None and target.layout is not None:
-                target.storage.after_write(target.layout, line)  # part of it may be written
-                _tear(target.storage, target.layout, plan, error)
+        for storage, layout in written:
+            _tear(storage, layout, plan, error)
         raise
-    for _, target in pairs:
-        if target.storage is not None and target.layout is not None:
-            target.storage.after_write(target.layout, line)
-            target.storage.mend(target.layout)
-    _warn(report)
+    return report
 
 
 def _run_staged(pairs: list[tuple[Expr, Target]], scheduler: str | None, pool: Pool) -> tuple[Report, Plan]:

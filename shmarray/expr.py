@@ -108,9 +108,10 @@ class InMemory(Expr):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign(Expr):
-    """Something with shape, dtype and slicing that only the driver can read, such as an h5py or zarr array."""
+    """A box, from index ``origin`` on, of something with shape, dtype and slicing that only the driver can read: h5py, zarr, ..."""
 
     source: Any
+    origin: tuple[int, ...]
 
 
 class FillOperation:
@@ -279,6 +280,7 @@ class Assemble(Expr):
     pieces: tuple[Expr, ...]
     maps: tuple[IndexMap, ...]
     label: str = "assemble"
+    disjoint: bool = False  # no piece covers another: they can be written in any order
 
     @property
     def inputs(self) -> tuple[Expr, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shmarray.expr import Elementwise, Expr, Fill, Held, InMemory, Reshape, Stored, View, inherit_line, make, postorder
+from shmarray.expr import Elementwise, Expr, Fill, Foreign, Held, InMemory, Reshape, Stored, View, inherit_line, make, postorder
 from shmarray.ops.table import row_for
 from shmarray.region import IndexMap, reshape_strides
 
@@ -35,7 +35,8 @@ def weight_below(nodes: list[Expr]) -> dict[Expr, int]:
     weights: dict[Expr, int] = {}
     for node in nodes:
         if isinstance(node, Elementwise):
-            weights[node] = row_for(node.op).weight + sum(weights[x] for x in node.inputs if x.size == node.size)
+            weight = row_for(node.op).weight + sum(weights[x] for x in node.inputs if x.size == node.size)
+            weights[node] = min(weight, 1 << 20)  # x = x + x a hundred times has 2^100 paths
         elif isinstance(node, View):
             weights[node] = weights[node.x]
         elif isinstance(node, Fill):
@@ -145,7 +146,23 @@ def _viewed(node: Expr, demand: Demand) -> Expr:
         return make(Stored, demand.shape, node.dtype, node.storage, node.offset + offset, strides, node.version)
     if isinstance(node, View):
         return make(View, demand.shape, node.dtype, node.x, demand.after(node.map))
+    if isinstance(node, Foreign):
+        return _read_less(node, demand)
     return make(View, demand.shape, node.dtype, node, demand)
+
+
+def _read_less(node: Foreign, demand: IndexMap) -> Expr:
+    """Return a view of a source from which only the box that the view needs is read."""
+    low, high = list(demand.offsets), list(demand.offsets)
+    for n, (axis, step) in zip(demand.shape, demand.axes, strict=True):
+        if axis >= 0 and n:
+            low[axis] = min(low[axis], low[axis] + step * (n - 1))
+            high[axis] = max(high[axis], high[axis] + step * (n - 1))
+    shape = tuple(h - l + 1 for l, h in zip(low, high, strict=True))
+    origin = tuple(o + l for o, l in zip(node.origin, low, strict=True))
+    part = make(Foreign, shape, node.dtype, node.source, origin)
+    map = IndexMap(demand.shape, tuple(o - l for o, l in zip(demand.offsets, low, strict=True)), demand.axes)
+    return part if map.is_identity(shape) else make(View, map.shape, node.dtype, part, map)
 
 
 def _reshaped(x: Expr, shape: tuple[int, ...]) -> Expr:

@@ -106,6 +106,7 @@ class _LayerDraft:
     writes: dict[int, None] = field(default_factory=dict)
     dependencies: list[Dependency] = field(default_factory=list)
     retry: bool = True
+    beside: frozenset[int] = frozenset()  # earlier layers that write other parts of the same buffers
 
 
 class _Builder:
@@ -126,6 +127,7 @@ class _Builder:
         self.targets: list[Operand] = []
         self.target_views: list[tuple[Storage, Layout]] = []
         self.outputs: set[Expr] = set()  # roots that are computed in place wherever else they are needed
+        self.reshaped: set[Expr] = set()  # what a reshape reads, and so must lie in C order
         self.isolated = False
         self.scratch = 0
 
@@ -144,8 +146,9 @@ class _Builder:
         """Return the operand of part of a stored array, and ask for its cells."""
         buffer = self.storage_buffers.get(storage.identity)
         if buffer is None:
-            buffer = self.storage_buffers[storage.identity] = self._bound(storage.nbytes, storage.address(self.pool))
-            self.keep.extend((storage, storage.extent))
+            address, extent = storage.address(self.pool)
+            buffer = self.storage_buffers[storage.identity] = self._bound(storage.nbytes, address)
+            self.keep.extend((storage, extent))
         for request in storage.requests(layout, mode):
             key = (request.extent, request.start, request.stop)
             self.locks[key] = "w" if "w" in (mode, self.locks.get(key)) else "r"
@@ -192,6 +195,7 @@ class _Builder:
     def build(self, roots: Sequence[Expr]) -> None:
         """Add the layers that fill the targets with ``roots``."""
         conflicts = self._conflicting(roots)
+        self.reshaped = {node.x for node in postorder(roots) if isinstance(node, Reshape)}
         outputs: list[tuple[Expr, Operand]] = []
         finals: list[tuple[Expr, Operand]] = []
         for root, target in zip(roots, self.targets, strict=True):
@@ -253,7 +257,7 @@ class _Builder:
     def _memory_root(self, root: Expr, target: Operand) -> tuple[Expr, Operand]:
         """Return the memory node to compute straight into ``target``, seen through a view or reshape where that is possible."""
         while True:
-            if isinstance(root, View) and not _is_leaf(root.x) and not isinstance(root.x, Foreign):
+            if isinstance(root, View) and not _is_leaf(root.x) and not isinstance(root.x, Foreign) and root.x not in self.reshaped:
                 seen_through = _through(target, root.map, root.x)
                 if seen_through is None:
                     return root, target
@@ -285,13 +289,14 @@ class _Builder:
         memory = {
             n for n in postorder(wanted) if n in wanted or n in self.kept or not isinstance(n, (Elementwise, View, Fill, Stored, InMemory))
         }
+        reshaped = {n.x for n in memory if isinstance(n, Reshape)}  # even a view: it must lie in C order
         for node in list(memory):
             if isinstance(node, Reshape):
                 memory.discard(node)
                 memory.add(node.x)
             if isinstance(node, Block) and node.operation.memory_inputs:
                 memory.update(_memory_base(a) for a in node.args)
-        memory = {n for n in memory if not (isinstance(n, (Stored, InMemory, View)) and n not in wanted)}
+        memory = {n for n in memory if not isinstance(n, (Stored, InMemory, View)) or n in wanted or n in reshaped}
         weights = weight_below(list(postorder(wanted)))
         users: dict[Expr, set[Any]] = {}  # elementwise node -> the passes it is computed in
         for node in memory:
@@ -574,12 +579,13 @@ class _Builder:
 
     def _emit_assembly(self, node: Assemble, out: Operand) -> None:
         """The pieces write straight into their part."""
+        first = len(self.layers)
         for piece, map in zip(node.pieces, node.maps, strict=True):
             if math.prod(map.shape) == 0:
                 continue
             part = out.view(map)
             writer = _ProgramWriter(self, map.shape)
-            register = writer.add(piece, force=True)
+            register = writer.add(piece)  # one that has memory of its own is read from there
             writer.store(register, part)
             program = writer.program()
             grid = map_grid(map.shape)
@@ -593,6 +599,7 @@ class _Builder:
                     writer.loaded(),
                     (part,),
                     writer.cost(grid),
+                    beside=frozenset(range(first, len(self.layers))) if node.disjoint else frozenset(),
                 )
             )
         self.operands.setdefault(node, out)
@@ -600,7 +607,7 @@ class _Builder:
     def _emit_foreign(self, node: Foreign, out: Operand) -> None:
         sizes = _source_sizes(node)
         boxes = BlockGrid.of(tuple(tuple(min(s, n - low) for low in range(0, n, s)) for n, s in zip(node.shape, sizes, strict=True)))
-        kernel = CopyInKernel(node.source, out, boxes)
+        kernel = CopyInKernel(node.source, node.origin, out, boxes)
         nbytes = math.prod(sizes) * node.dtype.itemsize
         self._add(
             _LayerDraft(
@@ -632,9 +639,10 @@ class _Builder:
                 after[writer] = requires
         for buffer in draft.writes:
             for other in (*self.readers.get(buffer, ()), *self.writers.get(buffer, ())):
-                after[other] = None
-            if buffer in draft.reads:
-                draft.retry = False
+                if other not in draft.beside:
+                    after[other] = None
+        # What overlaps its target elsewhere was computed aside (`_conflicting`): only a task that reads where it writes is left.
+        draft.retry = not set(draft.loads) & set(draft.stores)
         draft.dependencies = [Dependency(layer, requires) for layer, requires in sorted(after.items(), key=lambda kv: kv[0])]
         self.layers.append(draft)
         for buffer in draft.reads:
@@ -781,7 +789,9 @@ class _ProgramWriter:
             map = node.map if isinstance(node, View) else identity_map(node.shape)
             register = self._register(node.dtype, _varies(node.shape, self.shape))
             lead = len(self.shape) - len(map.shape)
-            full = IndexMap((1,) * lead + map.shape, map.offsets, ((-1, 0),) * lead + map.axes)
+            # An axis of length 1 may be broadcast here: it stays at its offset, whatever box is asked for.
+            axes = tuple((-1, 0) if n == 1 else axis for n, axis in zip(map.shape, map.axes, strict=True))
+            full = IndexMap((1,) * lead + map.shape, map.offsets, ((-1, 0),) * lead + axes)
             self.steps.append(FillStep(register, fill.operation, full))
             self.weight += fill.operation.cost
             return register

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.locks import process_locks
 from scheduler.run import Pool
 from scheduler.task import ARENA, DRIVER, Address, LockRequest
 from shmarray.chunks import Chunks
@@ -82,12 +83,15 @@ class Storage:
         self.extent = pool.allocate(self.nbytes)
         self.identity = next(_identities)
         self.version = 0
-        # (version, the user's line, what was written); only the writing thread appends, under the array's write locks.
+        # (version, the user's line, what was written); appended to under the mutex, by who holds the write locks.
         self.writes: list[tuple[int, str, Layout]] = []
         self.forgotten = 0  # writes up to this version are no longer listed
         self.torn: dict[int, str] = {}  # cell -> what happened
         self.cells = _cell_starts(shape, chunks)
+        # Both under the mutex. While anybody writes nothing is leased, so that the bytes never move under a writer: a plan
+        # on other cells, or an open `Array.lock`, would go on writing the old ones.
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
+        self._writers = 0
         self._mutex = threading.Lock()
         weakref.finalize(self, pool.locks.forget, self.identity)
 
@@ -96,42 +100,64 @@ class Storage:
         """All of it."""
         return Layout(0, self.shape, c_strides(self.shape, self.dtype.itemsize), self.dtype)
 
-    def address(self, pool: Pool) -> Address:
-        """Return where the bytes are for tasks of ``pool``: its own arena, or the driver's mapping of another pool's."""
+    def address(self, pool: Pool) -> tuple[Address, Any]:
+        """Return where the bytes are for tasks of ``pool`` (its own arena, or the driver's mapping of another pool's), and what to
+        hold so that they stay."""
+        extent = self.extent
         if pool is self.pool:
-            return Address(ARENA, self.extent.offset)
-        return Address(DRIVER, self.pool.arena.start + self.extent.offset)
+            return Address(ARENA, extent.offset), extent
+        return Address(DRIVER, self.pool.arena.start + extent.offset), extent
 
     def array(self, layout: Layout) -> NDArray:
         """Return the live, writable bytes in this process. Not for users: nothing guards it."""
         return np.ndarray(layout.shape, layout.dtype, self.pool.arena.bytes, self.extent.offset + layout.offset, layout.strides)
 
+    def window(self, layout: Layout) -> tuple[NDArray, Any]:
+        """Return the live bytes, and what to hold so that they stay: a write of other cells may move the array meanwhile."""
+        with self._mutex:
+            return self.array(layout), self.extent
+
     def lend(self, layout: Layout) -> NDArray:
-        """Return a read-only array over the bytes, whose values stay what they are now: a later write moves the bytes first."""
+        """Return a read-only array over the bytes, whose values stay what they are now: a later write moves the bytes first.
+
+        While somebody writes, be it this thread under its own lock, it is a copy, of what is there when ``layout`` is free.
+        """
         self.check_whole(layout)
         with self._mutex:
-            lease = next(iter(self._leases), None)
-            if lease is None:
-                lease = _Lease(self.extent, self.pool.arena.start + self.extent.offset)
-                self._leases.add(lease)
-        return np.ndarray(layout.shape, layout.dtype, np.asarray(lease), layout.offset, layout.strides)
+            if not self._writers:
+                lease = next(iter(self._leases), None)
+                if lease is None:
+                    lease = _Lease(self.extent, self.pool.arena.start + self.extent.offset)
+                    self._leases.add(lease)
+                return np.ndarray(layout.shape, layout.dtype, np.asarray(lease), layout.offset, layout.strides)
+        with process_locks().acquire(self.requests(layout, "r")):
+            self.check_whole(layout)
+            with self._mutex:
+                values = self.array(layout).copy()
+        values.flags.writeable = False
+        return values
 
-    def before_write(self) -> None:
-        """Move the bytes to a new extent when NumPy arrays over them are still alive. The caller holds the write locks."""
+    def begin_write(self) -> None:
+        """Move the bytes to a new extent when NumPy arrays over them are alive. The caller holds the write locks until `end_write`."""
         with self._mutex:
-            if not len(self._leases):
-                return
-            old = self.array(self.layout)
-            self.extent = self.pool.allocate(self.nbytes)
-            self._leases = weakref.WeakSet()
-        np.copyto(self.array(self.layout), old)
+            if len(self._leases):
+                old, keep = self.array(self.layout), self.extent
+                self.extent = self.pool.allocate(self.nbytes)
+                np.copyto(self.array(self.layout), old)
+                self._leases = weakref.WeakSet()
+                del keep
+            self._writers += 1
 
-    def after_write(self, layout: Layout, line: str) -> None:
-        """Note that ``layout`` was written at the user's line."""
-        self.version += 1
-        self.writes.append((self.version, line, layout))
-        if len(self.writes) > MOST_WRITES_KEPT:
-            self.forgotten = self.writes.pop(0)[0]
+    def end_write(self, layout: Layout, line: str | None) -> None:
+        """Note that ``layout`` was written at the user's line; None: it was not, after all."""
+        with self._mutex:
+            self._writers -= 1
+            if line is None:
+                return
+            self.version += 1
+            self.writes.append((self.version, line, layout))
+            if len(self.writes) > MOST_WRITES_KEPT:
+                self.forgotten = self.writes.pop(0)[0]
 
     def changed_since(self, version: int, layout: Layout) -> str | None:
         """Return the line of a write since ``version`` that may have touched ``layout``, or None."""

@@ -467,7 +467,7 @@ def _reader(program: Program, result: int | None, context: Context) -> Callable[
         array = np.empty(shape, dtype)
         with evaluator.errstate():
             for block in blocks(box, block_sizes(tuple(max(n, 1) for n in shape))):
-                inner = tuple([slice(b.start - s.start, b.stop - s.start) for b, s in zip(block, box, strict=True)])
+                inner: Any = [slice(b.start - s.start, b.stop - s.start) for b, s in zip(block, box, strict=True)]
                 np.copyto(array[(*inner, ...)], evaluator.run(block)[register])
         array.flags.writeable = False
         return array
@@ -480,6 +480,7 @@ class CopyInKernel:
     """Reads boxes of something that only the driver can slice (h5py, zarr, ...) into memory. Runs in the driver."""
 
     source: Any
+    origin: tuple[int, ...]
     out: Operand
     boxes: BlockGrid
 
@@ -488,7 +489,7 @@ class CopyInKernel:
 
         def run(index: int) -> None:
             at = self.boxes.box(index)
-            part = np.asarray(self.source[at])
+            part = np.asarray(self.source[tuple(slice(s.start + o, s.stop + o) for s, o in zip(at, self.origin, strict=True))])
             wanted = tuple(s.stop - s.start for s in at)
             if part.shape != wanted:
                 raise ValueError(f"slicing {type(self.source).__name__} with {at} gave shape {part.shape}, expected {wanted}")

@@ -361,7 +361,7 @@ def from_array(x: Any, chunks: Any = "auto", name: Any = None, lock: Any = None,
         node: Expr = in_memory(values)
     else:
         shape = _shape(x.shape)
-        node = make(Foreign, shape, checked_dtype(x.dtype, type(x).__name__), x)
+        node = make(Foreign, shape, checked_dtype(x.dtype, type(x).__name__), x, (0,) * len(shape))
     own = getattr(x, "chunks", None)
     if (
         chunks == "auto"

@@ -133,7 +133,9 @@ def reduce_ufunc(
     name = ufunc.__name__
     if name not in REDUCTIONS or (where is not True and ufunc.identity is None and initial is _NO_VALUE):
         kwargs = {} if initial is _NO_VALUE else {"initial": initial}
-        value = ufunc.reduce(x.compute(), axis=axis, dtype=dtype, keepdims=keepdims, where=np.asarray(where), **kwargs)
+        if where is not True:  # NumPy asks ufuncs without identity for an initial= as soon as there is a mask
+            kwargs["where"] = np.asarray(where)
+        value = ufunc.reduce(np.asarray(x), axis=axis, dtype=dtype, keepdims=keepdims, **kwargs)
         return _into(as_handle(value), out)
     if where is not True:
         x = _masked(x, where, ufunc.identity if ufunc.identity is not None else initial)

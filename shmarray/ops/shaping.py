@@ -264,7 +264,7 @@ def fliplr(m: Any) -> Any:
 def _assemble(
     shape: tuple[int, ...], dtype: np.dtype[Any], parts: Sequence[tuple[Any, IndexMap]], name: str, chunks: Chunks | None = None
 ) -> Any:
-    node = make(Assemble, shape, dtype, tuple(p.node for p, _ in parts), tuple(m for _, m in parts), name)
+    node = make(Assemble, shape, dtype, tuple(p.node for p, _ in parts), tuple(m for _, m in parts), name, True)
     return wrap(node, chunks)
 
 

@@ -22,7 +22,7 @@ EXACT = {
     "add", "subtract", "multiply", "divide", "true_divide", "negative", "positive", "sqrt", "square", "floor", "ceil", "rint", "trunc",
     "maximum", "minimum", "fmax", "fmin", "copysign", "nextafter", "frexp", "ldexp", "modf", "fabs", "sign",
 }  # fmt: skip
-COMMON = settings(derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+COMMON = settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,11 @@ def tolerance(name: str, dtype: np.dtype[Any]) -> float:
     return 8 * float(np.finfo(dtype).eps) if dtype.kind in "fc" else 0.0
 
 
+def kinds(warned: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Warnings without the operation's name: NumPy names a step inside (cast, sin), this library what the user called (add, sinc)."""
+    return {(category, message.partition(" encountered")[0]) for category, message in warned}
+
+
 def compare(assert_same: Any, name: str, found: Any, expected: Any) -> None:
     for one, other in zip(found if isinstance(found, tuple) else (found,), expected if isinstance(expected, tuple) else (expected,), strict=True):
         assert_same(one, other, rtol=tolerance(name, np.asarray(other).dtype))
@@ -96,6 +101,7 @@ def test_unsuitable_dtypes_raise_numpys_error_when_the_expression_is_built(name:
     pairs = itertools.product(["?", "u1", "i8", "f4", "c16", "M8[s]", "m8[s]", "S4", "U4"], repeat=min(ufunc.nin, 2))
     for dtypes in pairs:
         operands = [values((3,), d, seed=k, special=False) for k, d in enumerate(dtypes)]
+        operands = [np.abs(x) if x.dtype == np.int64 else x for x in operands]  # the error for negative powers depends on values
         operands += [operands[-1]] * (ufunc.nin - len(operands))
         expected, error, _ = outcome(lambda o=operands: ufunc(*o))
         found, our_error, _ = outcome(lambda o=operands: _dtypes(ufunc(*[sa.asarray(x) for x in o])))
@@ -169,7 +175,7 @@ def test_methods_of_binary_ufuncs_agree_with_numpy(name: str, assert_same: Any, 
             found, our_error, _ = outcome(lambda c=call, p=x, q=y: np.asarray(c(ufunc, p, q)))
             assert our_error is error, (dtype, k)
             if error is None:
-                rtol = 1e-12 if expected.dtype.kind in "fc" else 0
+                rtol = 4 * float(np.finfo(expected.dtype).eps) if expected.dtype.kind in "fc" else 0
                 assert_same(found, expected, rtol=rtol)
 
 
@@ -317,7 +323,7 @@ def test_scalars_promote_and_overflow_as_in_numpy(dtype: str, assert_same: Any, 
         assert our_error is error, (scalar, operation, swap)
         if error is None:
             assert_same(found, expected, rtol=1e-6 if expected.dtype.kind == "c" else 0)
-            assert we_warned == warned, (scalar, operation, swap)
+            assert kinds(we_warned) == kinds(warned), (scalar, operation, swap)
 
 
 def test_equal_scalars_of_different_types_stay_apart() -> None:
@@ -387,7 +393,7 @@ def test_functions_agree_with_numpy_in_both_namespaces(label: str, dtype: str, s
             assert our_error is error
             if error is None:
                 assert_same(found, expected, rtol=tolerance(label, expected.dtype))
-                assert we_warned == warned
+                assert kinds(we_warned) == kinds(warned)
 
 
 # --- executors ---------------------------------------------------------------------------------------------------------------------

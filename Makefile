@@ -1,0 +1,40 @@
+# Everything on a fresh machine that has make, python3 (3.11 or later) with venv, and the package index.
+#
+#   make demo    the main job on real data: the land of the Earth at one kilometre
+#   make test    lint, formatting, types, tests and doctests
+#   make bench   every benchmark, one after the other
+#
+# The virtual environment is made on first use and kept; PYTHON and VENV may be set to other ones.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BENCHMARKS := $(filter-out benchmarks/measure.py,$(sort $(wildcard benchmarks/*.py)))
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/python examples/land_mask.py
+
+# The examples are tested on their real data, hence the demo extra.
+test: $(VENV)/.test-installed $(VENV)/.demo-installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --doctest-modules shmarray
+
+bench: $(VENV)/.bench-installed
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; echo; done
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "shmarray needs Python 3.11 or later; say which with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: what is installed already is not looked at again until pyproject.toml changes.
+$(VENV)/.%-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,63 @@
+"""The examples, each run as a newcomer runs it: a script in a process of its own, here on small data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CASES = {  # file -> (arguments, the packages it needs, what it must print)
+    "quickstart.py": ((), (), "451.0"),
+    "land_mask.py": (("--small",), ("global_land_mask", "matplotlib"), "every number agrees with NumPy"),
+    "galaxies.py": ((), ("skimage", "matplotlib"), "scikit-image finds the same"),
+}
+MARK = "SHMARRAY_TEST_RUN"  # an environment variable that all descendants of a run inherit
+
+
+def leftovers(mark: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue  # not ours, or gone
+    return found
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_example_runs_in_silence_and_leaves_no_process(name: str) -> None:
+    arguments, packages, expected = CASES[name]
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}: pip install 'shmarray[demo]'")
+    mark = f"{os.getpid()}-{name}"
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, MARK: mark},
+    )
+
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert expected in done.stdout
+    psutil.wait_procs([psutil.Process(pid) for pid in leftovers(mark) if psutil.pid_exists(pid)], timeout=5)
+    assert leftovers(mark) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_example_has_no_main_guard(name: str) -> None:
+    assert "__main__" not in (EXAMPLES / name).read_text()
