@@ -199,7 +199,7 @@ class Array(Handle):
         if node.shape != self.shape:
             node = shaping.broadcast_to(wrap(node), self.shape).node
         if self._storage is not None and self._layout is not None:
-            if any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
+            if self.size and any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
                 raise ValueError(f"assignment destination is read-only: shape {self.shape} is a broadcast, whose elements share memory")
             running.write(self, node, scheduler)
         else:

@@ -158,10 +158,10 @@ def _read_less(node: Foreign, demand: IndexMap) -> Expr:
         if axis >= 0 and n:
             low[axis] = min(low[axis], low[axis] + step * (n - 1))
             high[axis] = max(high[axis], high[axis] + step * (n - 1))
-    shape = tuple(h - l + 1 for l, h in zip(low, high, strict=True))
-    origin = tuple(o + l for o, l in zip(node.origin, low, strict=True))
+    shape = tuple(b - a + 1 for a, b in zip(low, high, strict=True))
+    origin = tuple(o + a for o, a in zip(node.origin, low, strict=True))
     part = make(Foreign, shape, node.dtype, node.source, origin)
-    map = IndexMap(demand.shape, tuple(o - l for o, l in zip(demand.offsets, low, strict=True)), demand.axes)
+    map = IndexMap(demand.shape, tuple(o - a for o, a in zip(demand.offsets, low, strict=True)), demand.axes)
     return part if map.is_identity(shape) else make(View, map.shape, node.dtype, part, map)
 
 

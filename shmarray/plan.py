@@ -217,8 +217,7 @@ class _Builder:
                 wanted[node] = place
         self._build_groups(wanted)
         for node, place in extra:
-            self.operands.setdefault(node, wanted[node])
-            self._emit_map([(node, place)])
+            self._copy(wanted[node], place, line_of(node))
         for (_, place), (root, staged) in zip(finals, [(r, o) for r, o in outputs if r in {f for f, _ in finals}], strict=False):
             self._copy(staged, place, line_of(root))
 

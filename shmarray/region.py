@@ -82,6 +82,8 @@ def reshape_strides(shape: tuple[int, ...], strides: tuple[int, ...], new: tuple
 
     Runs of axes that continue each other in memory can be cut differently; others cannot (as in NumPy's reshape).
     """
+    if 0 in new:
+        return c_strides(new, 1)
     runs: list[tuple[int, int]] = []  # (elements, innermost stride) of each run of axes that continue each other
     for n, s in zip(shape, strides, strict=True):
         if n == 1:
@@ -144,6 +146,8 @@ class IndexMap:
 
     def apply_strides(self, strides: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """Return the byte offset and strides of the output over an input with ``strides``."""
+        if 0 in self.shape:
+            return 0, c_strides(self.shape, 1)  # no element: an offset could lie outside the input
         offset = sum(o * s for o, s in zip(self.offsets, strides, strict=True))
         return offset, tuple(strides[a] * s if a >= 0 else 0 for a, s in self.axes)
 

@@ -22,7 +22,7 @@ from shmarray.ops.table import row_for
 from shmarray.region import Box
 from shmarray.tiles import Grid, block_sizes, blocks
 
-__all__ = ["BlockKernel", "CopyInKernel", "Evaluator", "MapKernel", "open_window", "put"]
+__all__ = ["BlockKernel", "CopyInKernel", "Evaluator", "MapKernel", "Staged", "open_window", "put", "stage"]
 
 NDArray = np.ndarray[Any, Any]
 Window = NDArray | Remote
@@ -90,6 +90,11 @@ class Staged:
         index = [_ONE if n == 1 else slice(b.start - o, b.stop - o) for b, o, n in zip(box, self.origin, self._shape, strict=True)]
         part: NDArray = self._tile[(*index, ...)]  # the dots: without axes it would be a scalar
         return part
+
+
+def stage(window: Window | Staged) -> Window | Staged:
+    """Return the window, staged where it lies in the driver's memory."""
+    return Staged(window) if isinstance(window, Remote) else window
 
 
 def put(window: Window | Staged, box: Box, values: NDArray) -> None:
@@ -249,6 +254,7 @@ class Evaluator:
         pick = tuple(slice(None) if a in axis_of else 0 for a in range(naxes))
         order = np.argsort(np.argsort(moved)).tolist() if moved else []
         new = tuple(slice(None) if axis >= 0 else None for axis, _ in map.axes)
+        buffers: dict[tuple[int, ...], NDArray] = {}  # used again: fresh memory costs a page fault for every 4 KiB
 
         def fill(values: Values, box: Box) -> None:
             starts, steps, counts = [], [], []
@@ -258,7 +264,12 @@ class Evaluator:
                 starts.append(map.offsets[a] + (step_of * box[k].start if k is not None else 0))
                 steps.append(step_of)
                 counts.append(box[k].stop - box[k].start if k is not None else 1)
-            buffer = np.empty(tuple(counts), dtype)
+            shape = tuple(counts)
+            buffer = buffers.get(shape)
+            if buffer is None:
+                if len(buffers) > 8:
+                    buffers.clear()
+                buffer = buffers[shape] = np.empty(shape, dtype)
             operation.fill(buffer, tuple(starts), tuple(steps))
             values[out] = buffer[pick].transpose(order)[new]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from scheduler.segments import Remote
 from scheduler.task import Context
-from shmarray.kernels.numpy import Evaluator, Window, open_window, put
+from shmarray.kernels.numpy import Evaluator, Staged, Window, open_window, put, stage
 from shmarray.kernels.program import Operand, Program
 from shmarray.ops.reductions_table import REDUCTIONS, Part, States
 from shmarray.region import Box
@@ -89,7 +89,7 @@ class ReduceKernel:
         rows = [REDUCTIONS[spec.kind] for spec in self.specs]
         params = [dict(spec.params) for spec in self.specs]
         partials = [[open_window(context, operand) for operand in spec.partials] for spec in self.specs]
-        outs = [None if spec.out is None else open_window(context, spec.out) for spec in self.specs]
+        outs = [None if spec.out is None else stage(open_window(context, spec.out)) for spec in self.specs]
         labels = [(spec.label, spec.line) for spec in self.specs]
 
         def run(index: int) -> None:
@@ -101,6 +101,9 @@ class ReduceKernel:
             reduced_sizes = tuple([size if a in axes else 1 for a, size in enumerate(sizes)])
             with evaluator.errstate():
                 evaluator.begin(tile)
+                for out in outs:
+                    if isinstance(out, Staged):
+                        out.begin(kept)
                 for kept_block in blocks(kept, kept_sizes):
                     trees = [Tree(row.combine) for row in rows]
                     for reduced_block in blocks(reduced, reduced_sizes):
@@ -123,6 +126,9 @@ class ReduceKernel:
                         for window, state in zip(windows, states, strict=False):
                             put(window, (slice(split, split + 1), *kept_block), state[None])
                 evaluator.end(tile)
+                for out in outs:
+                    if isinstance(out, Staged):
+                        out.flush(kept)
 
         return run
 

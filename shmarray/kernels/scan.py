@@ -15,7 +15,7 @@ import numpy as np
 
 from scheduler.segments import Remote
 from scheduler.task import Context
-from shmarray.kernels.numpy import Evaluator, open_window, put
+from shmarray.kernels.numpy import MOST_STAGED_ITEMS, Evaluator, Staged, Window, open_window, put, stage
 from shmarray.kernels.program import Operand, Program
 from shmarray.tiles import Grid, block_sizes, blocks
 
@@ -38,7 +38,9 @@ class ScanKernel:
         evaluator = Evaluator(self.program, context, math.prod(self.grid.sizes))
         ufunc = getattr(np, self.ufunc)
         axis, dtype = self.axis, self.out.dtype
-        target = open_window(context, self.out)
+        target: Window | Staged = open_window(context, self.out)
+        if math.prod(self.grid.sizes) <= MOST_STAGED_ITEMS:
+            target = stage(target)
         carries = None if self.carry is None else open_window(context, self.carry)
         sizes = block_sizes(self.grid.sizes)
         across = tuple(1 if a == axis else size for a, size in enumerate(sizes))
@@ -49,6 +51,8 @@ class ScanKernel:
             segment = tile[axis].start // self.grid.sizes[axis]
             with evaluator.errstate():
                 evaluator.begin(tile)
+                if isinstance(target, Staged):
+                    target.begin(tile)
                 for lanes in blocks(kept, across):
                     carry = None
                     if carries is not None and segment:
@@ -67,6 +71,8 @@ class ScanKernel:
                         put(target, box, result)
                         carry = result[tuple([slice(-1, None) if a == axis else slice(None) for a in range(len(box))])]
                 evaluator.end(tile)
+                if isinstance(target, Staged):
+                    target.flush(tile)
 
         return run
 

@@ -239,40 +239,65 @@ def average(a: Any, axis: Any = None, weights: Any = None, keepdims: bool = Fals
     return sum(x * w, axis, keepdims=keepdims) / total
 
 
-def _spread(kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool) -> Any:
+def _spread(
+    kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool, mask: Any = True
+) -> Any:
     x = as_handle(a)
-    if dtype is not None:
+    if dtype is not None and np.dtype(dtype).kind in "biu":  # NumPy rounds the mean on the way: of no use, but its answer
+        value = numpy_function(np.asarray(x), axis=axis, dtype=dtype, ddof=ddof, keepdims=keepdims, where=np.asarray(mask))
+        return _into(as_handle(value), out)
+    if mask is not True:
+        return _into(_masked_spread(kind, numpy_function, x, axis, dtype, ddof, keepdims, mask), out)
+    result = _like(numpy_function, x, **({} if dtype is None else {"dtype": dtype}))
+    if dtype is not None and (x.dtype.kind != "c" or np.dtype(dtype).kind == "c"):
         x = astype(x, dtype)
-    result = _like(numpy_function, x)
     found = _reduce(kind, x, axis, result, keepdims, lambda v, axis: numpy_function(v, axis=axis, ddof=ddof, keepdims=True), ddof=ddof)
     return _into(found, out)
 
 
-def var(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False) -> Any:
+def _masked_spread(kind: str, numpy_function: Any, x: Any, axis: Any, dtype: Any, ddof: Any, keepdims: bool, mask: Any) -> Any:
+    """Elements outside the mask count as NaN does in nanvar; NaN inside it still wins."""
+    result = _like(numpy_function, x, **({} if dtype is None else {"dtype": dtype}))
+    x = x if _is_inexact(x) else astype(x, float)
+    chosen = where(mask, x, x.dtype.type(np.nan))
+    spread = (nanvar if kind == "var" else nanstd)(chosen, axis, ddof=ddof, keepdims=keepdims)
+    spoilt = any(apply("logical_and", apply("isnan", x), mask), axis, keepdims=keepdims)
+    return astype(where(spoilt, spread.dtype.type(np.nan), spread), result)
+
+
+def var(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True
+) -> Any:
     """Return the variance over ``axis``, divided by ``n - ddof``, by merging (n, mean, squared deviations) of parts in one pass.
 
     No cancellation where the mean is large: Chan, Golub and LeVeque (1979).
     """
-    return _spread("var", np.var, a, axis, dtype, out, ddof, keepdims)
+    return _spread("var", np.var, a, axis, dtype, out, ddof, keepdims, where)
 
 
-def std(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False) -> Any:
+def std(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True
+) -> Any:
     """Return the standard deviation over ``axis``; see `var`."""
-    return _spread("std", np.std, a, axis, dtype, out, ddof, keepdims)
+    return _spread("std", np.std, a, axis, dtype, out, ddof, keepdims, where)
 
 
 def _is_inexact(x: Any) -> bool:
     return as_handle(x).dtype.kind in "fc"
 
 
-def nansum(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+def nansum(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True
+) -> Any:
     """Return the sum over ``axis`` with NaN taken as zero."""
-    return sum(_no_nan(a, 0), axis, dtype, out, keepdims)
+    return sum(_no_nan(a, 0), axis, dtype, out, keepdims, initial, where)
 
 
-def nanprod(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+def nanprod(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True
+) -> Any:
     """Return the product over ``axis`` with NaN taken as one."""
-    return prod(_no_nan(a, 1), axis, dtype, out, keepdims)
+    return prod(_no_nan(a, 1), axis, dtype, out, keepdims, initial, where)
 
 
 def _no_nan(a: Any, value: int) -> Any:
@@ -280,45 +305,55 @@ def _no_nan(a: Any, value: int) -> Any:
     return where(apply("isnan", x), x.dtype.type(value), x) if _is_inexact(x) else x
 
 
-def nanmax(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+def nanmax(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True) -> Any:
     """Return the largest element over ``axis``, NaN aside; NaN where there is nothing else."""
-    return reduce_ufunc(np.fmax, a, axis, None, out, keepdims)
+    return reduce_ufunc(np.fmax, a, axis, None, out, keepdims, initial, where)
 
 
-def nanmin(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+def nanmin(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True) -> Any:
     """Return the smallest element over ``axis``, NaN aside; NaN where there is nothing else."""
-    return reduce_ufunc(np.fmin, a, axis, None, out, keepdims)
+    return reduce_ufunc(np.fmin, a, axis, None, out, keepdims, initial, where)
 
 
-def nanmean(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+def nanmean(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, *, where: Any = True) -> Any:
     """Return the mean over ``axis``, NaN aside."""
     x = as_handle(a)
     if not _is_inexact(x):
-        return mean(x, axis, dtype, out, keepdims)
+        return mean(x, axis, dtype, out, keepdims, where=where)
+    if where is not True:
+        x = apply("where", where, x, x.dtype.type(np.nan))
     if dtype is not None:
         x = astype(x, dtype)
     return _into(_reduce("nanmean", x, axis, x.dtype, keepdims, lambda v, axis: np.nanmean(v, axis=axis, keepdims=True)), out)
 
 
-def _nanspread(kind: str, numpy_function: Any, plain: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool) -> Any:
+def _nanspread(
+    kind: str, numpy_function: Any, plain: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool, mask: Any
+) -> Any:
     x = as_handle(a)
     if dtype is not None:
         x = astype(x, dtype)
     if not _is_inexact(x):
-        return plain(x, axis, None, out, ddof, keepdims)
+        return plain(x, axis, None, out, ddof, keepdims, where=mask)
+    if mask is not True:
+        x = where(mask, x, x.dtype.type(np.nan))
     result = _like(numpy_function, x)
     found = _reduce(kind, x, axis, result, keepdims, lambda v, axis: numpy_function(v, axis=axis, ddof=ddof, keepdims=True), ddof=ddof)
     return _into(found, out)
 
 
-def nanvar(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False) -> Any:
+def nanvar(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True
+) -> Any:
     """Return the variance over ``axis``, NaN aside; NaN where ``ddof`` or more are missing."""
-    return _nanspread("nanvar", np.nanvar, var, a, axis, dtype, out, ddof, keepdims)
+    return _nanspread("nanvar", np.nanvar, var, a, axis, dtype, out, ddof, keepdims, where)
 
 
-def nanstd(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False) -> Any:
+def nanstd(
+    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True
+) -> Any:
     """Return the standard deviation over ``axis``, NaN aside."""
-    return _nanspread("nanstd", np.nanstd, std, a, axis, dtype, out, ddof, keepdims)
+    return _nanspread("nanstd", np.nanstd, std, a, axis, dtype, out, ddof, keepdims, where)
 
 
 def _arg(kind: str, numpy_function: Any, a: Any, axis: Any, out: Any, keepdims: bool) -> Any:

@@ -62,7 +62,7 @@ def _of_ufunc(name: str, *, wide: bool) -> ReductionRow:
         return (_accumulator(result),)
 
     def leaf(x: NDArray, part: Part, dtypes: tuple[np.dtype[Any], ...], params: Params) -> States:
-        dtype = dtypes[0] if wide else None
+        dtype = dtypes[0] if wide and x.dtype.kind != "m" else None  # of time units NumPy takes no dtype=
         return (ufunc.reduce(x, axis=part.axes, dtype=dtype, keepdims=True),)
 
     def combine(a: States, b: States, na: int, nb: int) -> States:
@@ -76,13 +76,13 @@ def _mean() -> ReductionRow:
         return (_accumulator(result),)
 
     def leaf(x: NDArray, part: Part, dtypes: tuple[np.dtype[Any], ...], params: Params) -> States:
-        return (np.add.reduce(x, axis=part.axes, dtype=dtypes[0], keepdims=True),)
+        return (np.add.reduce(x, axis=part.axes, dtype=None if x.dtype.kind == "m" else dtypes[0], keepdims=True),)
 
     def combine(a: States, b: States, na: int, nb: int) -> States:
         return (a[0] + b[0],)
 
     def finish(states: States, count: int, dtype: np.dtype[Any], params: Params) -> NDArray:
-        return np.asarray(states[0] / states[0].dtype.type(count)).astype(dtype, copy=False)
+        return np.asarray(states[0] / (count if dtype.kind == "m" else states[0].dtype.type(count))).astype(dtype, copy=False)
 
     return ReductionRow("mean", states, leaf, combine, finish)
 
@@ -211,6 +211,11 @@ def _arg(name: str, better: Callable[[NDArray, NDArray], NDArray]) -> ReductionR
         return given, np.dtype(np.int64)
 
     def leaf(x: NDArray, part: Part, dtypes: tuple[np.dtype[Any], ...], params: Params) -> States:
+        out = tuple(1 if a in part.axes else n for a, n in enumerate(x.shape))
+        if len(part.axes) == 1:
+            (axis,) = part.axes
+            local = function(x, axis=axis, keepdims=True)
+            return np.take_along_axis(x, local, axis), local + part.box[axis].start
         kept = [a for a in range(x.ndim) if a not in part.axes]
         moved = x.transpose([*kept, *part.axes])
         lead = moved.shape[: len(kept)]
@@ -221,7 +226,6 @@ def _arg(name: str, better: Callable[[NDArray, NDArray], NDArray]) -> ReductionR
         index = np.zeros(lead, np.int64)
         for a, w in zip(part.axes, where, strict=True):
             index = index * part.shape[a] + (w + part.box[a].start)
-        out = tuple(1 if a in part.axes else n for a, n in enumerate(x.shape))
         return value.reshape(out), index.reshape(out)
 
     def combine(a: States, b: States, na: int, nb: int) -> States:

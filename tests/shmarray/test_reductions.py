@@ -86,7 +86,7 @@ def test_reductions_over_any_axes_agree_with_numpy(
     dtype = data.draw(st.sampled_from(ORDERED if "arg" in name or name in ("ptp",) else DTYPES))
     a = values(shape, dtype, seed, special and name not in SPREADS)
     if name in ("prod", "nanprod"):
-        a = np.sign(a) if a.dtype.kind not in "?c" else a
+        a = np.sign(a) if a.dtype.kind not in "bc" else a
     kwargs = {"axis": data.draw(axes(len(shape), name in ONE_AXIS)), "keepdims": keepdims}
     if name in SPREADS:
         kwargs["ddof"] = data.draw(st.sampled_from([0, 1, 2]))
