@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
 import dask.array as da
 import measure
 import numpy as np
 
 import shmarray as sa
 
-BLOCKS = 16
+BLOCKS = 32
 
 
 def collatz(block):
@@ -27,13 +31,14 @@ if __name__ == "__main__":
     values = np.arange(1, BLOCKS * 1_000 + 1)
     stored = sa.array(values).rechunk(1_000)
     lazy = da.from_array(values, chunks=1_000)
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))  # warm, as shmarray's
     measure.table(
         measure.in_turn(
             {
                 "shmarray": lambda: stored.map_blocks(collatz, dtype=np.int64).compute(),
                 "one call of the function": lambda: collatz(values),
                 "dask threads": lambda: lazy.map_blocks(collatz, dtype=np.int64).compute(scheduler="threads"),
-                "dask processes": lambda: lazy.map_blocks(collatz, dtype=np.int64).compute(scheduler="processes"),
+                "dask processes": lambda: lazy.map_blocks(collatz, dtype=np.int64).compute(scheduler="processes", pool=pool),
             },
             rounds=5,
         )

@@ -35,8 +35,9 @@ def machine() -> str:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"no {package}")
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
     return (
-        f"{processor}, {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()} {platform.release().split('-')[0]}; "
+        f"{processor}, {cores} cores, {memory}, {platform.system()} {platform.release().split('-')[0]}; "
         f"Python {platform.python_version()}, {', '.join(versions)}"
     )
 
@@ -90,10 +91,10 @@ def table(times: Times, per: int = 1, reference: str = "shmarray") -> None:
 
 def clock(seconds: float) -> str:
     """Return a time with a unit that suits it."""
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+    for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
-            break
-    return f"{seconds * factor:.3g} {unit}"
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def fresh(script: str, *arguments: str) -> Any:

@@ -14,7 +14,7 @@ import measure
 
 SHAPE = (32_000, 2_000)
 NBYTES = 512_000_000
-PEERS = ("shmarray", "NumPy", "dask threads")
+PEERS = {"shmarray": None, "NumPy": None, "dask, 16 MB": (1_000, 2_000), "dask, auto": "auto"}  # and dask's chunks
 
 
 def say(word):
@@ -39,7 +39,7 @@ def work(peer):
     else:
         da.ones((4_000, 2_000), chunks=(1_000, 2_000)).sum().compute(scheduler="threads")
         say("warm")
-        x = da.random.default_rng(0).random(SHAPE, chunks=(1_000, 2_000)).persist(scheduler="threads")
+        x = da.random.default_rng(0).random(SHAPE, chunks=PEERS[peer]).persist(scheduler="threads")
     say("stored")
     begin = time.perf_counter()
     while time.perf_counter() - begin < 3:

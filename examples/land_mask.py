@@ -88,8 +88,10 @@ class PeakMemory(threading.Thread):
 
     def run(self):
         while True:
-            children = [task.read_text().split() for task in Path("/proc/self/task").glob("*/children")]
-            self.nbytes = max(self.nbytes, sum(pss_nbytes(pid) for pid in {"self", *sum(children, [])}))
+            pids = ["self"]
+            for children in Path("/proc/self/task").glob("*/children"):
+                pids += children.read_text().split()
+            self.nbytes = max(self.nbytes, sum(map(pss_nbytes, pids)))
             time.sleep(0.1)
 
 

@@ -27,6 +27,7 @@ from shmarray.errors import ChangedInput, TornChunkError
 from shmarray.expr import Elementwise, Expr, InMemory, Stored, line_of, make, postorder, user_line
 from shmarray.handle import Handle, in_memory, wrap_stored
 from shmarray.kernels.numpy import MapKernel
+from shmarray.kernels.program import Store
 from shmarray.optimise import substitute
 from shmarray.plan import Target, build_plan
 from shmarray.storage import Layout, Storage
@@ -85,9 +86,9 @@ def _layout(x: Handle) -> Layout:
 
 
 def _fresh(nodes: Sequence[Expr], scheduler: str | None) -> list[NDArray]:
-    results = [np.empty(node.shape, node.dtype) for node in nodes]
-    run(nodes, [Target(r.shape, r.dtype, array=r) for r in results], scheduler)
-    return results
+    targets = [Target(node.shape, node.dtype) for node in nodes]
+    run(nodes, targets, scheduler)
+    return [np.empty(t.shape, t.dtype) if t.array is None else t.array for t in targets]
 
 
 def persist(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
@@ -123,7 +124,7 @@ def write(target: Handle, value: Expr, scheduler: str | None = None) -> None:
 
 def plan_of(nodes: Sequence[Expr]) -> Plan:
     """Return the plan that computing ``nodes`` would run."""
-    targets = [Target(n.shape, n.dtype, array=np.empty(n.shape, n.dtype)) for n in nodes]
+    targets = [Target(n.shape, n.dtype) for n in nodes]
     return build_plan(nodes, targets, current_pool())
 
 
@@ -227,10 +228,11 @@ def _tear(storage: Storage, layout: Layout, plan: Plan, error: BaseException) ->
         kernel = plan.layers[layer].kernel
         if plan.layers[layer].retry or not isinstance(kernel, MapKernel):
             continue
+        (out,) = [kernel.program.operands[step.operand] for step in kernel.program.steps if isinstance(step, Store)][:1]
         for task in range(start, stop):
             box = kernel.grid.box(task)
-            offset = layout.offset + sum(piece.start * stride for piece, stride in zip(box, layout.strides, strict=True))
-            part = Layout(offset, tuple(piece.stop - piece.start for piece in box), layout.strides, layout.dtype)
+            offset = out.offset + sum(piece.start * stride for piece, stride in zip(box, out.strides, strict=True))
+            part = Layout(offset, tuple(piece.stop - piece.start for piece in box), out.strides, out.dtype)
             storage.tear(part, f"{plan.layers[layer].describe(task)} was interrupted in the middle of an update.")
 
 

@@ -8,7 +8,7 @@ Never put here: layers, tiles, memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shmarray.expr import Elementwise, Expr, Fill, Foreign, Held, InMemory, Reshape, Stored, View, inherit_line, make, postorder
@@ -106,6 +106,8 @@ def _rebuild(node: Expr, demand: Demand, done: dict[tuple[Expr, Demand], Expr], 
             return node  # replaced by the caller
         case Reshape():
             base = _reshaped(done[node.x, None], node.shape)
+            if demand is not None and isinstance(base, Elementwise):
+                return _push(base, demand.shape, lambda leaf: _viewed(leaf, demand))
             return _viewed(base, demand)
         case _ if node.inputs:
             return _viewed(_with_inputs(node, {x: done[x, None] for x in node.inputs}), demand)
@@ -186,7 +188,7 @@ def _reshaped(x: Expr, shape: tuple[int, ...]) -> Expr:
         if not isinstance(x, Elementwise):
             return _viewed(x, map)
     if isinstance(x, Elementwise) and _leaves_reshape(x, shape):
-        return _push_reshape(x, shape)
+        return _push(x, shape, lambda leaf: _reshaped(leaf, shape))
     return make(Reshape, shape, x.dtype, x)
 
 
@@ -211,12 +213,13 @@ def _leaves_reshape(node: Elementwise, shape: tuple[int, ...]) -> bool:
     return True
 
 
-def _push_reshape(root: Elementwise, shape: tuple[int, ...]) -> Expr:
+def _push(root: Elementwise, shape: tuple[int, ...], change: Callable[[Expr], Expr]) -> Expr:
+    """Return a chain whose nodes all have one shape, which becomes ``shape``, over changed leaves."""
     new: dict[Expr, Expr] = {}
     for x in postorder([root], lambda n: n.inputs if isinstance(n, Elementwise) else ()):
         if isinstance(x, Elementwise):
             args = tuple(new[a] if isinstance(a, Expr) else a for a in x.args)
             new[x] = make(Elementwise, shape, x.dtype, x.op, args, x.params, x.index, x.errstate)
         else:
-            new[x] = _reshaped(x, shape)
+            new[x] = change(x)
     return new[root]

@@ -57,9 +57,12 @@ __all__ = ["Target", "build_plan"]
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Target:
-    """Where a root goes: a NumPy array of this process, or part of a storage."""
+    """Where a root goes: a NumPy array of this process, or part of a storage.
+
+    With neither, `build_plan` makes the array, in the memory order of what it is computed from, as NumPy does.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -72,10 +75,35 @@ def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> 
     """Return the plan that fills ``targets`` with ``roots``, which have their shapes and dtypes."""
     optimised = optimise(tuple(roots))
     builder = _Builder(pool, frozenset(optimised.kept))
-    for target in targets:
+    for root, target in zip(optimised.roots, targets, strict=True):
+        if target.array is None and target.storage is None:
+            target.array = _empty_like(root)
         builder.add_target(target)
     builder.build(optimised.roots)
     return builder.plan()
+
+
+def _empty_like(root: Expr) -> np.ndarray[Any, Any]:
+    """Return an array for the values of ``root``, its axes in memory in the order they have in what it reads."""
+    order: tuple[int, ...] | None = None
+    if isinstance(root, Elementwise) and len(root.shape) > 1:
+        chain = postorder([root], lambda n: n.inputs if isinstance(n, Elementwise) else ())
+        strides = [_strides_of(n) for n in chain if n.shape == root.shape and not isinstance(n, Elementwise)]
+        if strides and all(s is not None for s in strides):
+            order = _memory_order([Operand(0, 0, root.shape, s, root.dtype) for s in strides if s is not None], len(root.shape))
+    if order is None or order == tuple(range(len(root.shape))):
+        return np.empty(root.shape, root.dtype)
+    return np.empty([root.shape[a] for a in order], root.dtype).transpose(np.argsort(order))
+
+
+def _strides_of(node: Expr) -> tuple[int, ...] | None:
+    if isinstance(node, Stored):
+        return node.strides
+    if isinstance(node, InMemory):
+        return node.held.array.strides
+    if isinstance(node, View) and isinstance(node.x, InMemory):
+        return node.map.apply_strides(node.x.held.array.strides)[1]
+    return None
 
 
 def _is_leaf(node: Expr) -> bool:
@@ -197,14 +225,14 @@ class _Builder:
         conflicts = self._conflicting(roots)
         self.reshaped = {node.x for node in postorder(roots) if isinstance(node, Reshape)}
         outputs: list[tuple[Expr, Operand]] = []
-        finals: list[tuple[Expr, Operand]] = []
+        finals: list[tuple[Operand, Operand, str]] = []
         for root, target in zip(roots, self.targets, strict=True):
             if math.prod(root.shape) == 0:
                 continue
             if target in conflicts:
                 staged = self.temporary(target.shape, root.dtype)
                 outputs.append((root, staged))
-                finals.append((root, target))
+                finals.append((staged, target, line_of(root)))
             else:
                 outputs.append((root, target))
         wanted: dict[Expr, Operand] = {}
@@ -218,8 +246,8 @@ class _Builder:
         self._build_groups(wanted)
         for node, place in extra:
             self._copy(wanted[node], place, line_of(node))
-        for (_, place), (root, staged) in zip(finals, [(r, o) for r, o in outputs if r in {f for f, _ in finals}], strict=False):
-            self._copy(staged, place, line_of(root))
+        for staged, target, line in finals:
+            self._copy(staged, target, line)
 
     def _conflicting(self, roots: Sequence[Expr]) -> set[Operand]:
         """Return the targets that a root reads elsewhere than where it writes: these are computed aside first."""
@@ -381,7 +409,10 @@ class _Builder:
         for node, place in members:
             writer.store(writer.add(node, force=True), place)
         program = writer.program()
-        grid = map_grid(shape)
+        order = _memory_order(program.operands, len(shape))
+        if order is not None and order != tuple(range(len(shape))):
+            program = program.permuted(order)
+        grid = map_grid(program.shape, _crossing_axes(program.operands) if order is None else None)
         names = _layer_name([n for n, _ in members], "copy")
         self._add(
             _LayerDraft(
@@ -390,8 +421,8 @@ class _Builder:
                 names,
                 line_of(members[-1][0]),
                 grid,
-                writer.loaded(),
-                tuple(p for _, p in members),
+                _loaded(program),
+                _stored(program),
                 writer.cost(grid),
             )
         )
@@ -415,20 +446,28 @@ class _Builder:
     ) -> None:
         """One pass for all reductions (and stored results) over one space; a layer each to fold partials, where there are any."""
         writer = _ProgramWriter(self, shape)
-        grid = reduction_grid(shape, axes)
+        for root, part in along:
+            writer.store(writer.add(root, force=True), part)
+        inputs = [writer.add(node.x) for node, _ in members]
+        program = writer.program()
+        order = _memory_order(program.operands, len(shape))
+        if order is None or any(node.kind in ("argmin", "argmax") for node, _ in members):  # indices count in C order
+            order = tuple(range(len(shape)))
+        program = program.permuted(order)
+        axes = tuple(k for k, a in enumerate(order) if a in axes)
+        grid = reduction_grid(program.shape, axes)
         splits = _split_counts(grid, axes)
         specs: list[ReduceSpec] = []
         outs: list[tuple[Reduction, Operand]] = []
-        for root, part in along:
-            writer.store(writer.add(root, force=True), part)
-        for node, place in members:
-            register = writer.add(node.x)
-            out = place or self.temporary(node.shape, node.dtype)
+        for (node, place), register in zip(members, inputs, strict=True):
+            whole = place or self.temporary(node.shape, node.dtype)
+            self.operands.setdefault(node, whole)
+            out = whole.permuted(order)
             outs.append((node, out))
             dtypes = REDUCTIONS[node.kind].states(node.x.dtype, node.dtype)
             partials: tuple[Operand, ...] = ()
             if len(splits) > 1:
-                partials = tuple(self.temporary((len(splits), *node.shape), dtype) for dtype in dtypes)
+                partials = tuple(self.temporary((len(splits), *out.shape), dtype) for dtype in dtypes)
             params = dict(node.params)
             label = params.pop("label", node.kind)
             specs.append(
@@ -444,9 +483,8 @@ class _Builder:
                     line_of(node),
                 )
             )
-        program = writer.program()
         kernel = ReduceKernel(program, grid, axes, tuple(specs))
-        stores = [*(p for _, p in along), *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
+        stores = [*_stored(program), *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
         chain = _layer_name([n for n, _ in along] + [m.x for m, _ in members if isinstance(m.x, Elementwise)], "")
         name = "-".join(filter(None, [chain, *dict.fromkeys(node.name for node, _ in members)]))
         self._add(
@@ -456,14 +494,14 @@ class _Builder:
                 name,
                 specs[-1].line,
                 grid,
-                writer.loaded(),
+                _loaded(program),
                 tuple(stores),
                 writer.cost(grid) + 8 * len(specs),
             )
         )
         for (node, out), spec in zip(outs, specs, strict=True):
             if spec.partials:
-                fold = Grid(node.shape, slab_sizes(node.shape, max(1, TILE_ITEMS // len(splits))))
+                fold = Grid(out.shape, slab_sizes(out.shape, max(1, TILE_ITEMS // len(splits))))
                 self._add(
                     _LayerDraft(
                         FinishKernel(spec, out, splits, fold),
@@ -476,7 +514,6 @@ class _Builder:
                         16 * len(splits) * math.prod(fold.sizes),
                     )
                 )
-            self.operands.setdefault(node, out)
         for root, part in along:
             self.operands.setdefault(root, part)
 
@@ -808,6 +845,45 @@ class _ProgramWriter:
             self.applied[key] = outs
             self.weight += row.weight
         return outs[node.index]
+
+
+def _loaded(program: Program) -> tuple[Operand, ...]:
+    return tuple(program.operands[step.operand] for step in program.steps if isinstance(step, Load))
+
+
+def _stored(program: Program) -> tuple[Operand, ...]:
+    return tuple(program.operands[step.operand] for step in program.steps if isinstance(step, Store))
+
+
+def _axis_order(operand: Operand) -> tuple[int, ...]:
+    """Return the axes along which an operand moves, from its widest stride to its narrowest."""
+    moving = [a for a, n in enumerate(operand.shape) if n > 1 and operand.strides[a]]
+    return tuple(sorted(moving, key=lambda a: -abs(operand.strides[a])))
+
+
+def _memory_order(operands: Iterable[Operand], ndim: int) -> tuple[int, ...] | None:
+    """Return the order of axes in which every operand lies in memory; None when they differ.
+
+    A loop over the axes in that order goes through all of them as they lie: ``(x.T + 1).sum()`` as fast as ``(x + 1).sum()``.
+    """
+    orders = {_axis_order(o) for o in operands}
+    longest = max(orders, key=len, default=())
+    for order in orders:
+        if [a for a in longest if a in order] != list(order):
+            return None
+    if list(longest) == sorted(longest):
+        return tuple(range(ndim))
+    places = iter(longest)  # axes along which nothing moves stay where they are
+    return tuple(next(places) if a in longest else a for a in range(ndim))
+
+
+def _crossing_axes(operands: Iterable[Operand]) -> tuple[int, int] | None:
+    """Return two axes that operands run along in memory, the narrowest of one and of another."""
+    narrowest = dict.fromkeys(order[-1] for o in operands if len(order := _axis_order(o)) > 1)
+    if len(narrowest) < 2:
+        return None
+    first, second, *_ = narrowest
+    return first, second
 
 
 def _output_dtypes(node: Elementwise, nout: int) -> list[np.dtype[Any]]:

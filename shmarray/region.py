@@ -144,6 +144,10 @@ class IndexMap:
             and all((a == k and s == 1) or self.shape[k] == 1 for k, (a, s) in enumerate(self.axes))
         )
 
+    def permuted(self, order: tuple[int, ...]) -> IndexMap:
+        """Return the map with its output axes in another order."""
+        return IndexMap(tuple(self.shape[k] for k in order), self.offsets, tuple(self.axes[k] for k in order))
+
     def apply_strides(self, strides: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """Return the byte offset and strides of the output over an input with ``strides``."""
         if 0 in self.shape:

@@ -29,6 +29,12 @@ class Grid:
 
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
+    inner: tuple[int, ...] | None = None  # sizes of cache blocks; None: slabs of `BLOCK_ITEMS`
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The sizes of the cache blocks that a tile is worked through in."""
+        return slab_sizes(self.sizes, BLOCK_ITEMS) if self.inner is None else self.inner
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -66,9 +72,16 @@ def slab_sizes(shape: tuple[int, ...], items: int) -> tuple[int, ...]:
     return tuple(reversed(sizes))
 
 
-def map_grid(shape: tuple[int, ...]) -> Grid:
-    """Return the grid for filling an array of ``shape``."""
-    return Grid(shape, slab_sizes(shape, TILE_ITEMS))
+def map_grid(shape: tuple[int, ...], across: tuple[int, int] | None = None) -> Grid:
+    """Return the grid for filling an array of ``shape``: slabs, or squares in the two axes ``across``.
+
+    Squares are for operands whose memory runs along different axes: whichever way a line of cache goes, all of it is used.
+    """
+    if across is None:
+        return Grid(shape, slab_sizes(shape, TILE_ITEMS))
+    side, edge = math.isqrt(TILE_ITEMS), math.isqrt(BLOCK_ITEMS)
+    sizes = tuple(min(max(n, 1), side) if a in across else 1 for a, n in enumerate(shape))
+    return Grid(shape, sizes, tuple(min(n, edge) for n in sizes))
 
 
 def reduction_grid(shape: tuple[int, ...], axes: tuple[int, ...]) -> Grid:

@@ -387,7 +387,7 @@ class MapKernel:
     def bind(self, context: Context) -> Callable[[int], None]:
         grid = self.grid
         evaluator = Evaluator(self.program, context, math.prod(grid.sizes))
-        sizes = block_sizes(grid.sizes)
+        sizes = grid.block_sizes
 
         def run(index: int) -> None:
             tile = grid.box(index)

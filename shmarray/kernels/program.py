@@ -38,6 +38,11 @@ class Operand:
         offset, strides = map.apply_strides(self.strides)
         return Operand(self.buffer, self.offset + offset, map.shape, strides, self.dtype)
 
+    def permuted(self, order: tuple[int, ...]) -> Operand:
+        """Return the operand with its axes in another order."""
+        shape, strides = tuple(self.shape[a] for a in order), tuple(self.strides[a] for a in order)
+        return Operand(self.buffer, self.offset, shape, strides, self.dtype)
+
 
 @dataclass(frozen=True, slots=True)
 class Register:
@@ -95,6 +100,14 @@ class Program:
     operands: tuple[Operand, ...]
     registers: tuple[Register, ...]
     steps: tuple[Step, ...]
+
+    def permuted(self, order: tuple[int, ...]) -> Program:
+        """Return the same program with its axes in another order: axis k of the result is axis ``order[k]``."""
+        steps = tuple(
+            FillStep(step.out, step.operation, step.map.permuted(order)) if isinstance(step, FillStep) else step for step in self.steps
+        )
+        registers = tuple(Register(r.dtype, tuple(r.varies[a] for a in order)) for r in self.registers)
+        return Program(tuple(self.shape[a] for a in order), tuple(o.permuted(order) for o in self.operands), registers, steps)
 
     def check(self) -> None:
         """Assert that each register is written once, before it is read, and that operands fit the space."""

@@ -23,7 +23,7 @@ from shmarray.kernels.numpy import Evaluator, Staged, Window, open_window, put, 
 from shmarray.kernels.program import Operand, Program
 from shmarray.ops.reductions_table import REDUCTIONS, Part, States
 from shmarray.region import Box
-from shmarray.tiles import Grid, block_sizes, blocks
+from shmarray.tiles import Grid, blocks
 
 __all__ = ["FinishKernel", "ReduceKernel", "ReduceSpec", "Tree"]
 
@@ -85,7 +85,7 @@ class ReduceKernel:
     def bind(self, context: Context) -> Callable[[int], None]:
         grid, axes = self.grid, self.axes
         evaluator = Evaluator(self.program, context, math.prod(grid.sizes))
-        sizes = block_sizes(grid.sizes)
+        sizes = grid.block_sizes
         rows = [REDUCTIONS[spec.kind] for spec in self.specs]
         params = [dict(spec.params) for spec in self.specs]
         partials = [[open_window(context, operand) for operand in spec.partials] for spec in self.specs]

@@ -17,7 +17,7 @@ from scheduler.segments import Remote
 from scheduler.task import Context
 from shmarray.kernels.numpy import MOST_STAGED_ITEMS, Evaluator, Staged, Window, open_window, put, stage
 from shmarray.kernels.program import Operand, Program
-from shmarray.tiles import Grid, block_sizes, blocks
+from shmarray.tiles import Grid, blocks
 
 __all__ = ["CarryKernel", "ScanKernel"]
 
@@ -42,7 +42,7 @@ class ScanKernel:
         if math.prod(self.grid.sizes) <= MOST_STAGED_ITEMS:
             target = stage(target)
         carries = None if self.carry is None else open_window(context, self.carry)
-        sizes = block_sizes(self.grid.sizes)
+        sizes = self.grid.block_sizes
         across = tuple(1 if a == axis else size for a, size in enumerate(sizes))
 
         def run(index: int) -> None:

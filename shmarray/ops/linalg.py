@@ -7,6 +7,7 @@ Never put here: decompositions; NumPy does those on the whole (`fallback` in ``a
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from shmarray.handle import as_handle, wrap
 from shmarray.ops.creation import zeros
 from shmarray.ops.elementwise import apply, astype
 from shmarray.ops.reductions import sum as _sum
-from shmarray.ops.shaping import broadcast_to, moveaxis, reshape, transpose
+from shmarray.ops.shaping import moveaxis, reshape, transpose
 from shmarray.region import Box, broadcast_shape
 
 __all__ = ["dot", "inner", "matmul", "outer", "tensordot", "vdot"]
@@ -25,6 +26,38 @@ __all__ = ["dot", "inner", "matmul", "outer", "tensordot", "vdot"]
 EDGE_ITEMS = 512  # rows and columns of a tile: large enough for BLAS, small enough for many tasks
 SPLIT_ITEMS = 1 << 16  # of the summed axis, where the result is small and that axis long
 FEW_TILES = 8
+
+
+class _OneBlasThread:
+    """While tiles are multiplied in this process, BLAS keeps to one thread: with another count it gives other bits.
+
+    Workers have one anyway. Several threads may be inside: the first one in sets the limit, the last one out takes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the three below
+        self._inside = 0
+        self._controller: Any = None
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                if self._controller is None:
+                    from threadpoolctl import ThreadpoolController  # looks at every loaded library: only for whoever multiplies
+
+                    self._controller = ThreadpoolController().select(user_api="blas")
+                self._limit = self._controller.limit(limits=1)
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limit.restore_original_limits()
+
+
+_one_blas_thread = _OneBlasThread()
 
 
 class _MatMul(BlockOperation):
@@ -49,7 +82,8 @@ class _MatMul(BlockOperation):
     def run(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
         a, b = inputs
         dtype = out.dtype
-        np.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out=out)
+        with _one_blas_thread:
+            np.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out=out)
 
     def scratch(self, at: Box) -> int:
         rows, columns = at[-2].stop - at[-2].start, at[-1].stop - at[-1].start
@@ -187,6 +221,6 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
     left = [k for k in range(x.ndim) if k not in ours]
     right = [k for k in range(y.ndim) if k not in theirs]
     n = math.prod(x.shape[k] for k in ours)
-    rows = reshape(transpose(x, left + ours), (-1 if x.size else 0, n)) if n else broadcast_to(astype(0, x.dtype), (1, 0))
-    columns = reshape(transpose(y, theirs + right), (n, -1 if y.size else 0)) if n else broadcast_to(astype(0, y.dtype), (0, 1))
+    rows = reshape(transpose(x, left + ours), (math.prod(x.shape[k] for k in left), n))
+    columns = reshape(transpose(y, theirs + right), (n, math.prod(y.shape[k] for k in right)))
     return reshape(matmul(rows, columns), tuple(x.shape[k] for k in left) + tuple(y.shape[k] for k in right))

@@ -243,7 +243,8 @@ def _spread(
     kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool, mask: Any = True
 ) -> Any:
     x = as_handle(a)
-    if dtype is not None and np.dtype(dtype).kind in "biu":  # NumPy rounds the mean on the way: of no use, but its answer
+    if dtype is not None and np.dtype(dtype).kind not in ("c" if x.dtype.kind == "c" else "fc"):
+        # NumPy casts the mean on the way, and so must its answer be found: by NumPy.
         value = numpy_function(np.asarray(x), axis=axis, dtype=dtype, ddof=ddof, keepdims=keepdims, where=np.asarray(mask))
         return _into(as_handle(value), out)
     if mask is not True:

@@ -94,8 +94,8 @@ class Twins:
         if kind == "mean":
             return np.round(a.astype("f8" if a.dtype.kind != "c" else "c16").mean()), np.round(x.astype(f"{'c16' if a.dtype.kind == 'c' else 'f8'}").mean())
         if kind == "max" and a.size and a.dtype.kind != "c":
-            return a.max(), x.max()
-        return a.sum(), x.sum()
+            return np.asarray(a.max()), x.max()
+        return np.asarray(a.sum()), x.sum()
 
     # Each step does the same to both; an error of NumPy's must be ours, and nothing be changed by it.
 
