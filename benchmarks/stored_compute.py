@@ -35,6 +35,5 @@ for name, view in VIEWS.items():
                 "dask threads": lambda view=view: view(lazy).compute(scheduler="threads"),
             },
             rounds=5,
-            agree=False,
         )
     )

@@ -25,7 +25,8 @@ import numpy as np
 import shmarray as sa
 
 STEP = 20 if "--small" in sys.argv else 1  # take every STEP-th row and column
-DATA = Path(find_spec("global_land_mask").origin).with_name("globe_combined_mask_compressed.npz")
+PACKAGE = find_spec("global_land_mask") or sys.exit("the mask is missing: pip install global-land-mask matplotlib")
+DATA = Path(PACKAGE.origin).with_name("globe_combined_mask_compressed.npz")
 PICTURE = Path(__file__).parent / "output" / "land_mask.png"
 EARTH_RADIUS_KM = 6371.0088
 seconds = {}  # what -> how long it took
@@ -112,11 +113,13 @@ if "--numpy" in sys.argv:  # the second process: the same with NumPy
     sys.exit()
 
 memory = PeakMemory()
+print("loading the mask ...", flush=True)
 with clock("load"):
     ocean = load()
 print(ocean)
 answers = explore(ocean)
 peak = memory.nbytes
+print("the same once more with NumPy ...", flush=True)
 second_process = subprocess.run([sys.executable, __file__, "--numpy", *sys.argv[1:]], stdout=subprocess.PIPE, check=True)
 expected, numpy_seconds, numpy_peak = pickle.loads(second_process.stdout)
 

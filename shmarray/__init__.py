@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from numpy import e, euler_gamma, inf, nan, newaxis, pi
 
 from scheduler.run import Pool
-from shmarray.array import Array, allclose, array_equal
+from shmarray.array import Array, allclose, answer_for, array_equal
 from shmarray.chunks import normalize_chunks
 from shmarray.compute import compute, persist
 from shmarray.config import config
@@ -74,6 +74,8 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "random",
     *sorted(_FAMILIES),
 ]
+
+answer_for({name: globals()[name] for name in __all__})
 
 if TYPE_CHECKING:
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -232,6 +232,8 @@ class Array(Handle):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
         if copy is False and self._storage is None:
             raise ValueError("an expression has no memory to give without computing: np.asarray(x, copy=False) needs a stored array")
+        if copy is False and dtype is not None and np.dtype(dtype) != self.dtype:
+            raise ValueError(f"np.asarray(x, {np.dtype(dtype)}, copy=False) of an array of {self.dtype}: another dtype needs a copy")
         values = running.values_of(self)
         wanted = values if dtype is None else values.astype(dtype, copy=False)
         return wanted.copy() if copy and wanted is values and self._storage is not None else wanted
@@ -259,6 +261,9 @@ class Array(Handle):
         if self.ndim or self.dtype.kind not in "iub":
             raise TypeError("only integer scalar arrays can be converted to a scalar index")
         return int(running.values_of(self)[()].__index__())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec and not self.shape else super().__format__(spec)
 
     def item(self, *args: int) -> Any:
         """Return one element as a Python number."""
@@ -418,7 +423,7 @@ class Array(Handle):
     def __array_function__(self, func: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         if any(not issubclass(t, (Handle, np.ndarray)) and not hasattr(t, "__array__") for t in types):
             return NotImplemented
-        ours = _functions().get(func)
+        ours = _table.get(func)
         if ours is not None:
             return ours(*args, **kwargs)
         return _fallback(func, args, kwargs)
@@ -590,21 +595,16 @@ def _fallback(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 _table: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def _functions() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return NumPy function -> ours, for every public name that is both."""
-    if not _table:
-        import shmarray
-
-        for name in shmarray.__all__:
-            theirs, ours = getattr(np, name, None), getattr(shmarray, name)
-            if callable(theirs) and callable(ours) and not isinstance(theirs, type) and not isinstance(theirs, np.ufunc):
-                _table[theirs] = ours
-        _table[np.array_equal] = shmarray.array_equal
-        _table[np.shape] = lambda a: a.shape
-        _table[np.ndim] = lambda a: a.ndim
-        _table[np.size] = lambda a, axis=None: a.size if axis is None else a.shape[axis]
-        _table[np.copyto] = _copyto
-    return _table
+def answer_for(names: Mapping[str, Any]) -> None:
+    """Let NumPy's functions of these names, called with an `Array`, be ours. The package says which, when it is imported."""
+    for name, ours in names.items():
+        theirs = getattr(np, name, None)
+        if callable(theirs) and callable(ours) and not isinstance(theirs, (type, np.ufunc)):
+            _table[theirs] = ours
+    _table[np.shape] = lambda a: a.shape
+    _table[np.ndim] = lambda a: a.ndim
+    _table[np.size] = lambda a, axis=None: a.size if axis is None else a.shape[axis]
+    _table[np.copyto] = _copyto
 
 
 def _copyto(dst: Any, src: Any, casting: str = "same_kind", where: Any = True) -> None:

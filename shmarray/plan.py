@@ -286,10 +286,10 @@ class _Builder:
         while True:
             if isinstance(root, View) and not _is_leaf(root.x) and not isinstance(root.x, Foreign) and root.x not in self.reshaped:
                 seen_through = _through(target, root.map, root.x)
-                if seen_through is None:
+                if seen_through is None or (isinstance(root.x, Reshape) and not _is_c_ordered(seen_through)):
                     return root, target
                 root, target = root.x, seen_through
-            elif isinstance(root, Reshape) and target.strides == c_strides(target.shape, target.dtype.itemsize):
+            elif isinstance(root, Reshape) and _is_c_ordered(target):
                 root = root.x
                 target = Operand(target.buffer, target.offset, root.shape, c_strides(root.shape, root.dtype.itemsize), root.dtype)
             else:
@@ -927,6 +927,10 @@ def _through(target: Operand, map: IndexMap, x: Expr) -> Operand | None:
     if any(n != 1 for axis, n in enumerate(x.shape) if axis not in seen):
         return None
     return Operand(target.buffer, offset, x.shape, tuple(strides), target.dtype)
+
+
+def _is_c_ordered(operand: Operand) -> bool:
+    return operand.strides == c_strides(operand.shape, operand.dtype.itemsize)
 
 
 def _memory_base(node: Expr) -> Expr:

@@ -15,7 +15,7 @@ import numpy as np
 from shmarray.chunks import Chunks, normalize_chunks
 from shmarray.compute import new_stored
 from shmarray.dtypes import checked_dtype
-from shmarray.expr import Block, BlockOperation, Expr, Fill, FillOperation, Foreign, View, make
+from shmarray.expr import Block, BlockOperation, Expr, Fill, FillOperation, Foreign, View, exact, make
 from shmarray.handle import Handle, as_handle, as_node, in_memory, wrap
 from shmarray.ops.elementwise import astype
 from shmarray.ops.shaping import broadcast_to, stack
@@ -64,30 +64,31 @@ class _Constant(FillOperation):
 
 
 def _constant(shape: Any, value: Any, dtype: Any, chunks: Any, name: str) -> Any:
+    """Return a fill; ``value`` None: what the dtype has for zero, an empty string among them."""
     whole = _shape(shape)
     dtype = checked_dtype(dtype)
-    scalar: Any = np.full((), value, dtype)[()]
-    node = make(Fill, whole, dtype, _interned_constant(scalar, name), (name, scalar))
+    scalar: Any = np.full((), value, dtype)[()] if value is not None else np.zeros((), dtype)[()]
+    node = make(Fill, whole, dtype, _operation(_Constant, scalar, name), (name, scalar))
     return wrap(node, normalize_chunks(chunks, whole, dtype))
 
 
-_constants: dict[Any, _Constant] = {}
+_operations: dict[Any, FillOperation] = {}
 
 
-def _interned_constant(value: np.generic, name: str) -> _Constant:
-    """One operation per value, so that equal fills are one node; a bounded table."""
-    key = (name, value.dtype.str, value.tobytes())
-    found = _constants.get(key)
+def _operation(kind: Callable[..., FillOperation], *args: Any) -> FillOperation:
+    """Return one operation per kind and arguments, so that equal fills are one node; a bounded table."""
+    key = (kind, exact(args))
+    found = _operations.get(key)
     if found is None:
-        if len(_constants) > 1024:
-            _constants.clear()
-        found = _constants[key] = _Constant(value, name)
+        if len(_operations) > 1024:
+            _operations.clear()
+        found = _operations[key] = kind(*args)
     return found
 
 
 def zeros(shape: Any, dtype: Any = float, order: str = "C", *, chunks: Any = "auto", like: Any = None) -> Any:
     """Return an array of zeros. It takes no memory until it is stored."""
-    return _constant(shape, 0, dtype, chunks, "zeros")
+    return _constant(shape, None, dtype, chunks, "zeros")
 
 
 def ones(shape: Any, dtype: Any = float, order: str = "C", *, chunks: Any = "auto", like: Any = None) -> Any:
@@ -97,7 +98,7 @@ def ones(shape: Any, dtype: Any = float, order: str = "C", *, chunks: Any = "aut
 
 def empty(shape: Any, dtype: Any = float, order: str = "C", *, chunks: Any = "auto", like: Any = None) -> Any:
     """Return an array to be filled. Here its elements are zero: workers hand out no stale memory."""
-    return _constant(shape, 0, dtype, chunks, "empty")
+    return _constant(shape, None, dtype, chunks, "empty")
 
 
 def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C", *, chunks: Any = "auto", like: Any = None) -> Any:
@@ -121,7 +122,7 @@ def _like(a: Any, value: Any, dtype: Any, shape: Any, chunks: Any, name: str) ->
 
 def zeros_like(a: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None, *, chunks: Any = None) -> Any:
     """Return zeros of the shape, dtype and chunks of ``a``, each unless given."""
-    return _like(a, 0, dtype, shape, chunks, "zeros")
+    return _like(a, None, dtype, shape, chunks, "zeros")
 
 
 def ones_like(a: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None, *, chunks: Any = None) -> Any:
@@ -131,7 +132,7 @@ def ones_like(a: Any, dtype: Any = None, order: str = "K", subok: bool = True, s
 
 def empty_like(a: Any, dtype: Any = None, order: str = "K", subok: bool = True, shape: Any = None, *, chunks: Any = None) -> Any:
     """Return an array to be filled, of the shape, dtype and chunks of ``a``, each unless given."""
-    return _like(a, 0, dtype, shape, chunks, "empty")
+    return _like(a, None, dtype, shape, chunks, "empty")
 
 
 def full_like(
@@ -159,8 +160,6 @@ class _Range(FillOperation):
         index = np.arange(len(out), dtype=np.int64) * steps[0] + starts[0]
         if self.dtype.kind in "iu":
             np.add(index.astype(self.dtype, copy=False) * self.step, self.first, out=out, casting="unsafe")
-        elif self.dtype.kind in "mM":
-            out[...] = self.first + index * self.step
         else:
             np.copyto(
                 out,
@@ -183,12 +182,14 @@ def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None, *, ch
     )
     if step == 0:
         raise ZeroDivisionError("arange with a step of 0")
+    if kind.kind in "mM":  # dates, days, their mixtures: NumPy's rules, and seldom many
+        return asarray(np.arange(start, stop, step, dtype=dtype)).rechunk(chunks)
     n = max(0, math.ceil((stop - start) / step))
     if kind.kind == "b" or n <= 2:
         return asarray(np.arange(start, stop, step, dtype=kind))
     few = np.arange(start, start + 2 * step, step, dtype=kind)  # NumPy goes on from its first two elements
     first, delta = few[0], few[1] - few[0]
-    node = make(Fill, (n,), kind, _Range(first, delta, kind), ("arange", first, delta))
+    node = make(Fill, (n,), kind, _operation(_Range, first, delta, kind), ("arange", first, delta))
     return wrap(node, normalize_chunks(chunks, (n,), kind))
 
 
@@ -222,7 +223,7 @@ def linspace(
     first, last = inferred.type(start), inferred.type(stop)
     parts = num - 1 if endpoint else num
     step = (last - first) / parts if parts > 0 else inferred.type(np.nan)
-    operation = _Linspace(first, last, step if parts > 0 else last - first, num, endpoint, kind.kind in "iu")
+    operation = _operation(_Linspace, first, last, step if parts > 0 else last - first, num, endpoint, kind.kind in "iu")
     node = make(Fill, (num,), kind, operation, ("linspace", first, last, num, endpoint, kind))
     result = wrap(node, normalize_chunks(chunks, (num,), kind))
     return (result, step) if retstep else result
@@ -244,7 +245,7 @@ def eye(N: int, M: int | None = None, k: int = 0, dtype: Any = float, *, chunks:
     """Return a 2-D array with ones on diagonal ``k`` and zeros elsewhere."""
     shape = _shape((N, N if M is None else M))
     dtype = checked_dtype(dtype)
-    node = make(Fill, shape, dtype, _Eye(operator.index(k)), ("eye", k))
+    node = make(Fill, shape, dtype, _operation(_Eye, operator.index(k)), ("eye", k))
     return wrap(node, normalize_chunks(chunks, shape, dtype))
 
 

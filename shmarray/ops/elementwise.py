@@ -87,9 +87,9 @@ def where(condition: Any, x: Any = None, y: Any = None, /) -> Any:
     return apply("where", condition, x, y)
 
 
-def clip(a: Any, a_min: Any = None, a_max: Any = None, **bounds: Any) -> Any:
+def clip(a: Any, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: Any = None) -> Any:
     """Return ``a`` limited to [``a_min``, ``a_max``]; either may be None. ``min=`` and ``max=`` are accepted as well."""
-    a_min, a_max = bounds.get("min", a_min), bounds.get("max", a_max)
+    a_min, a_max = a_min if min is None else min, a_max if max is None else max
     if a_min is None and a_max is None:
         return as_handle(a)
     if a_min is None:
@@ -128,7 +128,12 @@ def _function(name: str) -> Callable[..., Any]:
         if isinstance(row.numpy, np.ufunc) and kwargs:
             first = as_handle(args[0]) if args and not any(isinstance(a, Handle) for a in args) else None
             return row.numpy(*((first, *args[1:]) if first is not None else args), **kwargs)
-        return apply(name, *args, **kwargs)
+        out = kwargs.pop("out", None)
+        result = apply(name, *args, **kwargs)
+        if out is None:
+            return result
+        out[...] = result
+        return out
 
     own = (row.numpy.__doc__ or "").strip().split("\n\n")
     summary = next((p for p in own if p and not p.startswith(name + "(")), f"{name}, element by element.")

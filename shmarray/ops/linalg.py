@@ -16,7 +16,7 @@ from shmarray.dtypes import result_dtypes
 from shmarray.expr import Block, BlockOperation, make
 from shmarray.handle import as_handle, wrap
 from shmarray.ops.creation import zeros
-from shmarray.ops.elementwise import apply, astype
+from shmarray.ops.elementwise import apply
 from shmarray.ops.reductions import sum as _sum
 from shmarray.ops.shaping import moveaxis, reshape, transpose
 from shmarray.region import Box, broadcast_shape
@@ -48,13 +48,23 @@ class _OneBlasThread:
                     from threadpoolctl import ThreadpoolController  # looks at every loaded library: only for whoever multiplies
 
                     self._controller = ThreadpoolController().select(user_api="blas")
+                self._release_control()
                 self._limit = self._controller.limit(limits=1)
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
+                self._release_control()
                 self._limit.restore_original_limits()
+                self._release_control()
+
+    def _release_control(self) -> None:
+        """Let another thread than the last one set the limit: newer threadpoolctl ignores it otherwise, and here it is counted."""
+        for library in self._controller.lib_controllers:
+            release = getattr(library, "clear_controlling_thread", None)
+            if release is not None:
+                release(force=True)
 
 
 _one_blas_thread = _OneBlasThread()
@@ -82,8 +92,9 @@ class _MatMul(BlockOperation):
     def run(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
         a, b = inputs
         dtype = out.dtype
+        # Contiguous: bits shall not tell how operands lie in memory. BLAS has a kernel per layout; z @ z.T of one memory is another one.
         with _one_blas_thread:
-            np.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out=out)
+            np.matmul(np.ascontiguousarray(a, dtype), np.ascontiguousarray(b, dtype), out=out)
 
     def scratch(self, at: Box) -> int:
         rows, columns = at[-2].stop - at[-2].start, at[-1].stop - at[-1].start
@@ -117,6 +128,8 @@ def matmul(x1: Any, x2: Any, /, out: Any = None, **kwargs: Any) -> Any:
            [3., 3.]])
     """
     a, b = as_handle(x1), as_handle(x2)
+    if kwargs:  # dtype=, casting=, axes=: one call of NumPy
+        return np.matmul(a, b, out=out, **kwargs)
     if not a.ndim or not b.ndim:
         which = 0 if not a.ndim else 1
         raise ValueError(

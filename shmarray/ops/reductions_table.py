@@ -60,7 +60,7 @@ def _is_count(x: NDArray, part: Part, result: np.dtype[Any]) -> bool:
 
 
 def _number_true(x: NDArray, dtype: np.dtype[Any]) -> NDArray:
-    return np.full((1,) * x.ndim, np.count_nonzero(x)).astype(dtype)
+    return np.array(np.count_nonzero(x), ndmin=x.ndim).astype(dtype, copy=False)
 
 
 def _of_ufunc(name: str, *, wide: bool) -> ReductionRow:

@@ -137,11 +137,18 @@ def _out(function: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
+def _round(x: Any, out: NDArray, **kwargs: Any) -> None:
+    if out.dtype.kind in "iu":  # tens of integers: NumPy divides on the way, and not into an integer ``out``
+        np.copyto(out, np.round(x, **kwargs), casting="unsafe")
+    else:
+        np.round(x, out=out, **kwargs)
+
+
 _REST = [
     Row("astype", _cast, 1, np.asarray, in_place=False),
     Row("where", _where, 3, np.where, in_place=False, weight=2),
     Row("clip", _out(np.clip), 3, np.clip, in_place=False, weight=2),
-    Row("round", _out(np.round), 1, np.round, in_place=False, weight=4),
+    Row("round", _round, 1, np.round, in_place=False, weight=4),
     Row("fix", _by_result(np.fix), 1, np.fix, in_place=False, weight=2),
     Row("real", _by_result(np.real), 1, np.real, in_place=False),
     Row("imag", _by_result(np.imag), 1, np.imag, in_place=False),

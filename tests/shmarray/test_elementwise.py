@@ -15,7 +15,7 @@ import shmarray as sa
 
 NAMES = sorted(name for name in dir(np) if isinstance(getattr(np, name), np.ufunc))
 PLAIN = [name for name in NAMES if getattr(np, name).signature is None]
-DTYPES = "? i1 u1 i2 u2 i4 u4 i8 u8 f2 f4 f8 c8 c16".split()
+DTYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
 ALL_DTYPES = [*DTYPES, "M8[s]", "m8[s]", "S4", "U4"]
 # Correctly rounded, or exact: the same bits wherever an item lies. The rest (libm, SIMD) may differ in the last places.
 EXACT = {
@@ -70,7 +70,9 @@ def kinds(warned: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def compare(assert_same: Any, name: str, found: Any, expected: Any) -> None:
-    for one, other in zip(found if isinstance(found, tuple) else (found,), expected if isinstance(expected, tuple) else (expected,), strict=True):
+    for one, other in zip(
+        found if isinstance(found, tuple) else (found,), expected if isinstance(expected, tuple) else (expected,), strict=True
+    ):
         assert_same(one, other, rtol=tolerance(name, np.asarray(other).dtype))
 
 
@@ -114,6 +116,7 @@ def _dtypes(result: Any) -> tuple[str, ...]:
     return tuple(str(r.dtype) for r in (result if isinstance(result, tuple) else (result,)))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_ufunc_takes_out_where_and_dtype(name: str, assert_same: Any, outcome: Any) -> None:
     ufunc = getattr(np, name)
@@ -160,7 +163,6 @@ def test_methods_of_binary_ufuncs_agree_with_numpy(name: str, assert_same: Any, 
     for dtype in ("i8", "f8", "?"):
         a, b = values((4, 5), dtype, 1, special=False), values((3,), dtype, 2, special=False)
         x, y = sa.asarray(a), sa.asarray(b)
-        index = np.array([0, 2, 2])
         calls = [
             lambda u, p, q: u.reduce(p),
             lambda u, p, q: u.reduce(p, axis=1, keepdims=True),
@@ -168,7 +170,7 @@ def test_methods_of_binary_ufuncs_agree_with_numpy(name: str, assert_same: Any, 
             lambda u, p, q: u.accumulate(p),
             lambda u, p, q: u.accumulate(p, axis=-1),
             lambda u, p, q: u.outer(p, q),
-            lambda u, p, q: u.reduceat(p, index, axis=1),
+            lambda u, p, q: u.reduceat(p, np.array([0, 2, 2]), axis=1),
         ]
         for k, call in enumerate(calls):
             expected, error, _ = outcome(lambda c=call, p=a, q=b: c(ufunc, p, q))
@@ -219,7 +221,9 @@ def grids(draw: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
 def layouts(draw: Any, shape: tuple[int, ...], dtypes: list[str] = DTYPES) -> tuple[Any, Any]:
     """(NumPy's array, ours) of equal values, ours lying in memory in any way."""
     dtype, seed = draw(st.sampled_from(dtypes)), draw(st.integers(0, 99))
-    kind = draw(st.sampled_from(["view", "stored", "transposed", "reversed", "strided", "broadcast", "fill", "random", "numpy", "expression"]))
+    kind = draw(
+        st.sampled_from(["view", "stored", "transposed", "reversed", "strided", "broadcast", "fill", "random", "numpy", "expression"])
+    )
     if kind == "fill" and dtype[0] in "iuf" and dtype[0] != "?":
         n = int(np.prod(shape, dtype=int))
         n = min(n, 100)
@@ -264,11 +268,15 @@ SHAPES = st.one_of(
 
 @COMMON
 @given(data=st.data(), shape=SHAPES, scheduler=st.sampled_from(["synchronous", "threads"]))
-def test_binary_operations_on_any_layouts_agree_with_numpy(small_grids: Any, assert_same: Any, outcome: Any, data: Any, shape: Any, scheduler: str) -> None:
+def test_binary_operations_on_any_layouts_agree_with_numpy(
+    small_grids: Any, assert_same: Any, outcome: Any, data: Any, shape: Any, scheduler: str
+) -> None:
     cut = data.draw(st.integers(0, len(shape)))
     other = tuple(1 if data.draw(st.booleans()) else n for n in shape[cut:])
     (a, x), (b, y) = data.draw(layouts(shape)), data.draw(layouts(other))
-    operation = data.draw(st.sampled_from([operator.add, operator.mul, operator.sub, operator.lt, operator.eq, operator.truediv, np.maximum]))
+    operation = data.draw(
+        st.sampled_from([operator.add, operator.mul, operator.sub, operator.lt, operator.eq, operator.truediv, np.maximum])
+    )
     expected, error, warned = outcome(lambda: operation(a, b))
     with small_grids(), sa.config.set(scheduler=scheduler):
         found, our_error, we_warned = outcome(lambda: operation(x, y))
@@ -288,7 +296,11 @@ def test_chains_of_operations_agree_with_numpy(small_grids: Any, assert_same: An
     with np.errstate(all="ignore"):
         for _ in range(data.draw(st.integers(1, 7))):
             (a, x), (b, y) = data.draw(st.sampled_from(terms)), data.draw(st.sampled_from(terms))
-            operation = data.draw(st.sampled_from([operator.add, operator.mul, operator.gt, np.minimum, np.hypot, np.logical_xor, np.add, np.absolute, np.floor]))
+            operation = data.draw(
+                st.sampled_from(
+                    [operator.add, operator.mul, operator.gt, np.minimum, np.hypot, np.logical_xor, np.add, np.absolute, np.floor]
+                )
+            )
             terms.append((operation(a), operation(x)) if operation in (np.absolute, np.floor) else (operation(a, b), operation(x, y)))
         expected = [np.asarray(a) for a, _ in terms[3:]]
         with small_grids(), sa.config.set(scheduler=scheduler):
@@ -309,14 +321,47 @@ def test_any_chunk_grid_gives_the_same_bits(small_grids: Any, data: Any, shape: 
 
 # --- scalars -----------------------------------------------------------------------------------------------------------------------
 
-SCALARS = [True, 0, 3, -1, 255, 256, 2**40, 2**63, 2**64, 0.0, -0.0, 2.5, 1e300, float("nan"), 1j, np.int8(3), np.uint64(3), np.float16(2), np.float64(1e300), np.bool_(True), np.complex64(1j)]
+SCALARS = [
+    True,
+    0,
+    3,
+    -1,
+    255,
+    256,
+    2**40,
+    2**63,
+    2**64,
+    0.0,
+    -0.0,
+    2.5,
+    1e300,
+    float("nan"),
+    1j,
+    np.int8(3),
+    np.uint64(3),
+    np.float16(2),
+    np.float64(1e300),
+    np.bool_(True),
+    np.complex64(1j),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scalars_promote_and_overflow_as_in_numpy(dtype: str, assert_same: Any, outcome: Any) -> None:
     a = values((7,), dtype, 5, special=False)
     x = sa.asarray(a)
-    operations = [operator.add, operator.mul, operator.sub, operator.truediv, operator.floordiv, operator.mod, operator.lt, operator.eq, operator.and_, np.maximum]
+    operations = [
+        operator.add,
+        operator.mul,
+        operator.sub,
+        operator.truediv,
+        operator.floordiv,
+        operator.mod,
+        operator.lt,
+        operator.eq,
+        operator.and_,
+        np.maximum,
+    ]
     for scalar, operation, swap in itertools.product(SCALARS, operations, (False, True)):
         expected, error, warned = outcome(lambda s=scalar, o=operation, w=swap: o(s, a) if w else o(a, s))
         found, our_error, we_warned = outcome(lambda s=scalar, o=operation, w=swap: o(s, x) if w else o(x, s))
@@ -328,7 +373,9 @@ def test_scalars_promote_and_overflow_as_in_numpy(dtype: str, assert_same: Any, 
 
 def test_equal_scalars_of_different_types_stay_apart() -> None:
     x = sa.asarray(np.arange(3, dtype="i1"))
-    assert [(x * s).dtype for s in (1, True, 1.0, np.int64(1))] == [np.arange(3, dtype="i1").__mul__(s).dtype for s in (1, True, 1.0, np.int64(1))]
+    assert [(x * s).dtype for s in (1, True, 1.0, np.int64(1))] == [
+        np.arange(3, dtype="i1").__mul__(s).dtype for s in (1, True, 1.0, np.int64(1))
+    ]
     ones = sa.ones(2)
     assert np.signbit((ones * -0.0).compute()).all() and not np.signbit((ones * 0.0).compute()).any()
 
@@ -341,6 +388,7 @@ def test_strings_and_dates_compare_as_in_numpy(dtype: str, small_grids: Any, ass
             assert_same(np.asarray(operation(sa.asarray(a), sa.array(b))), operation(a, b))
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")
 @pytest.mark.parametrize("operation", [operator.pow, operator.lshift, operator.rshift, operator.or_, operator.xor, divmod, operator.matmul])
 def test_remaining_operators_agree_with_numpy(operation: Any, assert_same: Any) -> None:
     a, b = np.arange(1, 7), np.arange(6) % 4
@@ -440,3 +488,31 @@ def test_misuse_raises_numpys_error_at_once() -> None:
         np.add(x, x, out=sa.zeros((2, 3), int))
     with pytest.raises(ValueError):
         np.add(x, x, out=sa.zeros((3,)))
+
+
+RARE = {  # arguments that few use: by this library or by one call of NumPy, but never ignored
+    "clip dtype": lambda x: np.clip(x, 1, 3, dtype="f4"),
+    "clip out": lambda x: np.clip(x, 1, 3, out=np.zeros((3, 4))),
+    "clip by keywords": lambda x: np.clip(x, min=1, max=3),
+    "round out": lambda x: np.round(x, 1, out=np.zeros((3, 4))),
+    "round to tens": lambda x: np.round(x.astype(int), -1),
+    "fix out": lambda x: np.fix(x, out=np.zeros((3, 4))),
+    "std correction": lambda x: np.std(x, axis=0, correction=1),
+    "var mean": lambda x: np.var(x, axis=0, mean=np.mean(x, axis=0, keepdims=True)),
+    "average returned": lambda x: np.average(x, axis=0, returned=True)[1],
+    "matmul dtype": lambda x: np.matmul(x, x.T, dtype="f4"),
+    "signature": lambda x: np.add(x, 1, signature="dd->d"),
+    "casting": lambda x: np.add(x, 1, dtype="i8", casting="unsafe"),
+    "positional out": lambda x: np.add(x, 1, np.zeros((3, 4))),
+    "diff": lambda x: np.diff(x, axis=0),
+    "sort": lambda x: np.sort(x, axis=0),
+    "histogram": lambda x: np.histogram(x)[0],
+    "einsum": lambda x: np.einsum("ij->ji", x),
+    "median": lambda x: np.median(x, axis=1),
+}
+
+
+@pytest.mark.parametrize("label", RARE)
+def test_rare_arguments_and_functions_are_not_ignored(label: str, assert_same: Any) -> None:
+    a = np.arange(12.0).reshape(3, 4)[::-1] * 1.7
+    assert_same(np.asarray(RARE[label](sa.asarray(a))), RARE[label](a), rtol=1e-12)

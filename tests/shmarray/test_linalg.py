@@ -49,9 +49,9 @@ def test_matmul_of_any_shapes_agrees_with_numpy(shapes: Any, call: Any, small_gr
 @pytest.mark.parametrize("shapes", [*MATMUL, ((), ()), ((3, 4), ()), ((2, 3, 4), (5, 4, 2)), ((2, 3), (5, 3, 2))])
 @pytest.mark.parametrize("name", ["dot", "inner", "outer", "vdot", "tensordot"])
 def test_other_products_agree_with_numpy(name: str, shapes: Any, small_grids: Any, assert_same: Any, outcome: Any) -> None:
+    extra = (1,) if name == "tensordot" else ()
     for dtype in ("f8", "c16"):
         a, b = values(shapes[0], dtype, 1), values(shapes[1], dtype, 2)
-        extra = (1,) if name == "tensordot" else ()
         expected, error, _ = outcome(lambda p=a, q=b: getattr(np, name)(p, q, *extra))
         for module in (np, sa):
             with small_grids():

@@ -13,9 +13,30 @@ from hypothesis import strategies as st
 import shmarray as sa
 
 COMMON = settings(derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = "? i1 u1 i2 u4 i8 u8 f2 f4 f8 c8 c16".split()
+DTYPES = ["?", "i1", "u1", "i2", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
 ORDERED = [d for d in DTYPES if d[0] != "c"]
-NAMES = "sum prod mean std var min max any all argmin argmax count_nonzero ptp nansum nanprod nanmean nanstd nanvar nanmin nanmax".split()
+NAMES = [
+    "sum",
+    "prod",
+    "mean",
+    "std",
+    "var",
+    "min",
+    "max",
+    "any",
+    "all",
+    "argmin",
+    "argmax",
+    "count_nonzero",
+    "ptp",
+    "nansum",
+    "nanprod",
+    "nanmean",
+    "nanstd",
+    "nanvar",
+    "nanmin",
+    "nanmax",
+]
 ONE_AXIS = ("argmin", "argmax")
 SPREADS = ("std", "var", "nanstd", "nanvar")
 
@@ -169,7 +190,14 @@ def test_where_initial_and_out_as_in_numpy(name: str, axis: Any, assert_same: An
     a = values((9, 8), "f8", 3)
     mask = a > -0.5
     initial = {"initial": 2.0} if name in ("sum", "prod", "min", "max", "nansum", "nanmax", "nanmin") else {}
-    for kwargs in ({}, {"where": mask}, {"where": mask[:1]}, initial, {**initial, "where": mask}, {**initial, "where": mask, "keepdims": True}):
+    for kwargs in (
+        {},
+        {"where": mask},
+        {"where": mask[:1]},
+        initial,
+        {**initial, "where": mask},
+        {**initial, "where": mask, "keepdims": True},
+    ):
         expected, error, _ = outcome(lambda k=kwargs: getattr(np, name)(a, axis=axis, **k))
         with small_grids():
             for module in (sa, np):

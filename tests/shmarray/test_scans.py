@@ -12,8 +12,23 @@ from hypothesis import strategies as st
 import shmarray as sa
 
 COMMON = settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = "? i1 u2 i4 i8 u8 f2 f4 f8 c8 c16".split()
-UFUNCS = "add multiply minimum maximum fmin fmax logical_or logical_and bitwise_or bitwise_xor subtract divide hypot logaddexp".split()
+DTYPES = ["?", "i1", "u2", "i4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
+UFUNCS = [
+    "add",
+    "multiply",
+    "minimum",
+    "maximum",
+    "fmin",
+    "fmax",
+    "logical_or",
+    "logical_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "subtract",
+    "divide",
+    "hypot",
+    "logaddexp",
+]
 SHAPES = st.sampled_from([(1,), (7,), (130,), (16, 9), (1, 40), (40, 1), (3, 60), (60, 3), (3, 4, 15), (2, 25, 3), (0,), (0, 4), (4, 0)])
 
 
