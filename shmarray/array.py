@@ -8,6 +8,7 @@ Never put here: what an operation means, how it runs.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -397,7 +398,7 @@ class Array(Handle):
             wide = a[(..., *(None,) * b.ndim)] if a.ndim and b.ndim else a
             return self.__array_ufunc__(ufunc, "__call__", wide, b, **kwargs, **({"out": outs} if outs else {}))
         if method != "__call__" or ufunc.signature is not None:
-            if method == "__call__" and ufunc is np.matmul:
+            if method == "__call__" and ufunc is np.matmul and not kwargs:
                 return linalg.matmul(inputs[0], inputs[1], out=outs)
             return _fallback(getattr(ufunc, method), inputs, {**kwargs, **({"out": outs} if outs else {})})
         if ufunc.__name__ not in ROWS or ROWS[ufunc.__name__].function is not ufunc:
@@ -424,7 +425,7 @@ class Array(Handle):
         if any(not issubclass(t, (Handle, np.ndarray)) and not hasattr(t, "__array__") for t in types):
             return NotImplemented
         ours = _table.get(func)
-        if ours is not None:
+        if ours is not None and _takes(ours, args, kwargs):
             return ours(*args, **kwargs)
         return _fallback(func, args, kwargs)
 
@@ -590,6 +591,17 @@ def _fallback(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         rest = {k: v for k, v in kwargs.items() if k != "out"}
         return _write_out(as_handle(_fallback(func, args, rest)), single, np.positive, "same_kind")
     return lift(func(*lower(tuple(args)), **{k: lower(v) for k, v in kwargs.items()}))
+
+
+def _takes(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a function of ours knows these arguments; what NumPy alone knows (``correction=``) is one call of NumPy."""
+    if not kwargs:
+        return True
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 _table: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -93,7 +93,8 @@ def _empty_like(root: Expr) -> np.ndarray[Any, Any]:
             order = _memory_order([Operand(0, 0, root.shape, s, root.dtype) for s in strides if s is not None], len(root.shape))
     if order is None or order == tuple(range(len(root.shape))):
         return np.empty(root.shape, root.dtype)
-    return np.empty([root.shape[a] for a in order], root.dtype).transpose(np.argsort(order))
+    like = np.empty([root.shape[a] for a in order], root.dtype).transpose(np.argsort(order))  # never touched
+    return np.empty_like(like, order="K")  # owns its memory, as a result of NumPy's would
 
 
 def _strides_of(node: Expr) -> tuple[int, ...] | None:

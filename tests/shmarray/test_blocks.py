@@ -1,4 +1,4 @@
-"""Functions of whole chunks: what they are given, what they may give, and what is said when they fail. As dask does, where dask is there."""
+"""Functions of whole chunks: what they are given, what they may give, and what is said when they fail. As in dask."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_several_arrays_go_block_by_block_and_single_blocks_are_spread(executor:
 
     agree(sa.map_blocks(lambda a, b: a + 10 * b, x, y, dtype=float), d.map_blocks(lambda a, b: a + 10 * b, e, dtype=float))
     agree(sa.map_blocks(lambda a, b, c: a + b * c, x, z, y, dtype=float), d.map_blocks(lambda a, b, c: a + b * c, g, e, dtype=float))
-    with pytest.raises(sa.ChunkError, match="2 chunks.*3"):
+    with pytest.raises(sa.ChunkError, match=r"2 chunks.*3"):
         sa.map_blocks(np.add, x, sa.zeros(6, chunks=2))
 
 
@@ -206,7 +206,7 @@ def test_a_function_that_cannot_be_pickled_is_named_at_once() -> None:
     def hold(b: np.ndarray) -> Any:
         return b if lock else b + 1
 
-    with pytest.raises(Exception, match="(?i)pickle") as raised:
+    with pytest.raises(Exception, match=r"(?i)pickle") as raised:
         x.map_blocks(hold, dtype=float).compute(scheduler="processes")
 
     text = str(raised.value) + "\n".join(getattr(raised.value, "__notes__", []))

@@ -46,7 +46,11 @@ def test_explicit_chunks_are_as_in_dask(case: tuple[tuple[int, ...], Any]) -> No
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
-@given(st.lists(st.integers(0, 5000), max_size=4), st.sampled_from(["i1", "f4", "f8", "c16"]), st.sampled_from(["auto", "1KiB", "64 kB", "2MiB"]))
+@given(
+    st.lists(st.integers(0, 5000), max_size=4),
+    st.sampled_from(["i1", "f4", "f8", "c16"]),
+    st.sampled_from(["auto", "1KiB", "64 kB", "2MiB"]),
+)
 def test_automatic_chunks_tile_fit_and_are_contiguous_slabs(shape: list[int], dtype: str, chunks: str) -> None:
     limit = {"auto": 16 << 20, "1KiB": 1 << 10, "64 kB": 64_000, "2MiB": 2 << 20}[chunks]
 
@@ -143,6 +147,8 @@ def test_chunks_of_an_elementwise_result_are_the_finest_of_its_operands() -> Non
 def test_values_do_not_depend_on_chunks() -> None:
     a = np.random.default_rng(0).random((37, 11))
 
-    results = {((sa.array(a, chunks=c) * 1.1 + 3).sum().compute(), (sa.asarray(a, chunks=c) - 1).mean(0).compute().tobytes()) for c in (1, 5, 40)}
+    results = {
+        ((sa.array(a, chunks=c) * 1.1 + 3).sum().compute(), (sa.asarray(a, chunks=c) - 1).mean(0).compute().tobytes()) for c in (1, 5, 40)
+    }
 
     assert len(results) == 1

@@ -14,7 +14,9 @@ from shmarray.config import Config
 
 
 def test_the_environment_sets_what_is_there_at_first() -> None:
-    made = Config({"SHMARRAY_WORKERS": "3", "SHMARRAY_MEMORY_LIMIT": "2 GiB", "SHMARRAY_CHUNK_SIZE": "1MiB", "SHMARRAY_SCHEDULER": "threads"})
+    made = Config(
+        {"SHMARRAY_WORKERS": "3", "SHMARRAY_MEMORY_LIMIT": "2 GiB", "SHMARRAY_CHUNK_SIZE": "1MiB", "SHMARRAY_SCHEDULER": "threads"}
+    )
 
     assert (made.workers, made.memory_limit, made.chunk_size, made.scheduler) == (3, 2 << 30, 1 << 20, "threads")
     assert made.spill_directory is None
@@ -30,7 +32,9 @@ def test_a_bad_variable_is_named_with_its_value(name: str, value: str) -> None:
         Config({f"SHMARRAY_{name}": value})
 
 
-@pytest.mark.parametrize("name, value", [("workers", 0), ("workers", 2.5), ("workers", "x"), ("memory_limit", -1), ("chunk_size", []), ("scheduler", 5)])
+@pytest.mark.parametrize(
+    "name, value", [("workers", 0), ("workers", 2.5), ("workers", "x"), ("memory_limit", -1), ("chunk_size", []), ("scheduler", 5)]
+)
 def test_a_bad_value_is_refused_and_changes_nothing(name: str, value: Any) -> None:
     made = Config({})
 
@@ -103,7 +107,7 @@ def test_a_block_holds_in_its_own_thread_alone() -> None:
 def test_the_scheduler_is_taken_from_the_settings_and_a_wrong_one_is_named() -> None:
     with sa.Pool(workers=1, memory_limit="64MiB"):
         x = sa.arange(10) + 1
-        with sa.config.set(scheduler="quantum"), pytest.raises(ValueError, match="quantum.*synchronous"):
+        with sa.config.set(scheduler="quantum"), pytest.raises(ValueError, match=r"quantum.*synchronous"):
             x.compute()
         with pytest.raises(ValueError, match="quantum"):
             x.compute(scheduler="quantum")

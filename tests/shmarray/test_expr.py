@@ -45,7 +45,24 @@ def test_equal_expressions_are_one_node() -> None:
         assert one.node is two.node, one
 
 
-SCALARS = [1, True, 1.0, 1 + 0j, 0.0, -0.0, 0, False, np.float32(1), np.float64(1), np.int8(1), np.True_, float("nan"), np.float64("nan"), 2**53, 2.0**53]
+SCALARS = [
+    1,
+    True,
+    1.0,
+    1 + 0j,
+    0.0,
+    -0.0,
+    0,
+    False,
+    np.float32(1),
+    np.float64(1),
+    np.int8(1),
+    np.True_,
+    float("nan"),
+    np.float64("nan"),
+    2**53,
+    2.0**53,
+]
 
 
 def test_parameters_count_by_type_and_bits() -> None:

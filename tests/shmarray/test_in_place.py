@@ -92,7 +92,9 @@ class Twins:
                         return (b, y) if kind == "view" else (np.where(b != 1, b, 4), sa.where(y != 1, y, 4))
             kind = "sum"
         if kind == "mean":
-            return np.round(a.astype("f8" if a.dtype.kind != "c" else "c16").mean()), np.round(x.astype(f"{'c16' if a.dtype.kind == 'c' else 'f8'}").mean())
+            return np.round(a.astype("f8" if a.dtype.kind != "c" else "c16").mean()), np.round(
+                x.astype(f"{'c16' if a.dtype.kind == 'c' else 'f8'}").mean()
+            )
         if kind == "max" and a.size and a.dtype.kind != "c":
             return np.asarray(a.max()), x.max()
         return np.asarray(a.sum()), x.sum()
@@ -212,7 +214,9 @@ STEPS = sorted(name for name in dir(Twins) if name.startswith("step_"))
 @pytest.mark.parametrize("name", EXECUTORS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::numpy.exceptions.ComplexWarning")
 def test_the_same_program_gives_the_same_values_as_in_numpy(name: str) -> None:
-    @settings(derandomize=True, deadline=None, max_examples=EXAMPLES[name], suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
+    @settings(
+        derandomize=True, deadline=None, max_examples=EXAMPLES[name], suppress_health_check=list(HealthCheck), report_multiple_bugs=False
+    )
     @given(st.data())
     def run(data: st.DataObject) -> None:
         with sa.config.set(scheduler=name):
@@ -690,3 +694,17 @@ def test_an_error_under_a_lock_gives_it_back(pool: sa.Pool) -> None:
 
     assert pool.locks.statistics().granted == 0
     same(x, np.array([3.0, 3, 0, 0]))
+
+
+def test_an_expression_written_several_times_keeps_every_write(executor: str) -> None:
+    a = np.arange(50.0).reshape(5, 10)
+    x = sa.array(a)
+
+    y, expected = x * 2, a * 2
+    for which, source in ((y, x), (expected, a)):
+        which[0] = which[-1] = 0
+        which[1:-1] = source[:-2]
+        which[:, 3:5] = which[:, :2]
+        which[2] = source.sum(axis=0)
+
+    same(y, expected)

@@ -104,7 +104,21 @@ def test_indices_under_every_executor(kind: str, executor: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    [5, -6, (0, 9), (0, 0, 0), (..., ...), "a", 1.5, (slice(None), 2.0), np.array([7]), [0, 99], np.zeros((2, 2), bool), (None, 8), object()],
+    [
+        5,
+        -6,
+        (0, 9),
+        (0, 0, 0),
+        (..., ...),
+        "a",
+        1.5,
+        (slice(None), 2.0),
+        np.array([7]),
+        [0, 99],
+        np.zeros((2, 2), bool),
+        (None, 8),
+        object(),
+    ],
     ids=repr,
 )
 def test_a_wrong_index_fails_as_in_numpy_at_once(key: Any) -> None:
@@ -155,4 +169,4 @@ def test_a_slice_of_much_reads_little(pool: sa.Pool) -> None:
     x = sa.ones((1 << 20, 1 << 12)) * 2  # 32 GiB, were it computed
 
     assert x[5, 7].compute() == 2
-    agree(x[::1 << 18, -1], np.full(4, 2.0))
+    agree(x[:: 1 << 18, -1], np.full(4, 2.0))

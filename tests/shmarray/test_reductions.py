@@ -389,3 +389,16 @@ def test_reductions_agree_with_numpy_at_real_sizes_in_every_executor(executor: s
         np.testing.assert_allclose(std, a.std(axis), rtol=1e-10)
         np.testing.assert_array_equal(least, a.min(axis))
         np.testing.assert_array_equal(where, a.argmax(axis))
+
+
+@pytest.mark.parametrize("dtype", [None, "i1", "u2", "f4", "c8", "?"])
+@pytest.mark.parametrize("shape", [(1_000_003,), (3, 100_003), (30, 400, 5)])
+def test_sums_of_booleans_agree_with_numpy_where_they_are_counted_and_where_not(shape: tuple[int, ...], dtype: str | None) -> None:
+    a = np.random.default_rng(3).random(shape) < 0.3
+    x = sa.array(a)
+
+    for axis in (None, *range(a.ndim)):
+        total, expected = (~x).sum(axis=axis, dtype=dtype).compute(), (~a).sum(axis=axis, dtype=dtype)
+        assert total.dtype == expected.dtype
+        np.testing.assert_array_equal(total, expected)
+        np.testing.assert_allclose(x.mean(axis=axis).compute(), a.mean(axis=axis), rtol=1e-12)

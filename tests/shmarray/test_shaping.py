@@ -104,7 +104,9 @@ def draw_step(draw: Callable[..., Any], shape: tuple[int, ...]) -> Step:
 
 @pytest.mark.parametrize("name", EXECUTORS)
 def test_steps_on_top_of_each_other(name: str) -> None:
-    @settings(derandomize=True, deadline=None, max_examples=EXAMPLES[name], suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
+    @settings(
+        derandomize=True, deadline=None, max_examples=EXAMPLES[name], suppress_health_check=list(HealthCheck), report_multiple_bugs=False
+    )
     @given(st.data(), st.sampled_from(["stored", "memory", "expression", "fill"]), st.integers(1, 4))
     def run(data: st.DataObject, kind: str, chunk: int) -> None:
         shape = data.draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5), "shape")
