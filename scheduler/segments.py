@@ -287,9 +287,7 @@ class Remote:
                 if moved <= 0:
                     code = ctypes.get_errno()
                     kind = UnreachableMemory if code in (errno.EPERM, errno.ENOSYS, errno.EACCES) else SharedMemoryError
-                    raise kind(
-                        f"{call} of {nbytes} bytes at {start:#x} of process {self.pid} failed after {done}: {os.strerror(code)}"
-                    )
+                    raise kind(f"{call} of {nbytes} bytes at {start:#x} of process {self.pid} failed after {done}: {os.strerror(code)}")
                 done += moved
             at += nbytes
 

@@ -239,9 +239,7 @@ def average(a: Any, axis: Any = None, weights: Any = None, keepdims: bool = Fals
     return sum(x * w, axis, keepdims=keepdims) / total
 
 
-def _spread(
-    kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool, mask: Any = True
-) -> Any:
+def _spread(kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: Any, ddof: Any, keepdims: bool, mask: Any = True) -> Any:
     x = as_handle(a)
     if dtype is not None and np.dtype(dtype).kind not in ("c" if x.dtype.kind == "c" else "fc"):
         # NumPy casts the mean on the way, and so must its answer be found: by NumPy.
@@ -266,9 +264,7 @@ def _masked_spread(kind: str, numpy_function: Any, x: Any, axis: Any, dtype: Any
     return astype(where(spoilt, spread.dtype.type(np.nan), spread), result)
 
 
-def var(
-    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True
-) -> Any:
+def var(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True) -> Any:
     """Return the variance over ``axis``, divided by ``n - ddof``, by merging (n, mean, squared deviations) of parts in one pass.
 
     No cancellation where the mean is large: Chan, Golub and LeVeque (1979).
@@ -276,9 +272,7 @@ def var(
     return _spread("var", np.var, a, axis, dtype, out, ddof, keepdims, where)
 
 
-def std(
-    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True
-) -> Any:
+def std(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True) -> Any:
     """Return the standard deviation over ``axis``; see `var`."""
     return _spread("std", np.std, a, axis, dtype, out, ddof, keepdims, where)
 
