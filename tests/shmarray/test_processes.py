@@ -169,7 +169,7 @@ def test_workers_killed_during_updates_in_place_leave_right_values_or_torn_chunk
                     np.add(x, y, out=x)
             except TornChunkError:
                 torn += 1
-                with pytest.raises(TornChunkError, match="half|interrupted|neither"):
+                with pytest.raises(TornChunkError, match=r"half|interrupted|neither"):
                     np.asarray(x)
                 x[...] = 1.0
                 assert float(x.sum()) == rows.size
