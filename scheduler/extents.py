@@ -54,12 +54,14 @@ class _ArenaLike(Protocol):
 class Extent:
     """A contiguous range of the arena, its holder's until this object is collected, or freed.
 
-    ``nbytes`` is what was asked for; ``identity`` is unique for ever in this process, unlike ``offset``.
+    ``nbytes`` is what was asked for; ``identity`` is unique for ever in this process, unlike ``offset``. ``was_cold``: nobody
+    had touched the bytes when they were given, so that all of them were zero.
     """
 
-    __slots__ = ("__weakref__", "extents", "identity", "nbytes", "offset")
+    __slots__ = ("__weakref__", "extents", "identity", "nbytes", "offset", "was_cold")
 
-    def __init__(self, extents: Extents, identity: int, offset: int, nbytes: int) -> None:
+    def __init__(self, extents: Extents, identity: int, offset: int, nbytes: int, was_cold: bool) -> None:
+        self.was_cold = was_cold
         self.identity = identity
         self.extents = extents
         self.offset = offset
@@ -264,11 +266,11 @@ class Extents:
             self._changing = True  # nothing may stand between this and try: Ctrl-C there would leave it set for ever
             try:
                 freed = self._bury()
-                offset = self._take(needed)
+                offset, was_cold = self._take(needed)
                 if offset is not None:
                     # Written down last: cut short before, the bytes are free; after, it is freed like any other.
                     identity = next(_identities)
-                    extent = Extent(self, identity, offset, nbytes)
+                    extent = Extent(self, identity, offset, nbytes, was_cold)
                     tombstone = self._tombstones[identity] = _Tombstone(extent, self._dead.append)
                     tombstone.identity = identity
                     self._taken[identity] = (offset, needed)
@@ -437,23 +439,23 @@ class Extents:
             # One slab's worth of free memory stays, else a lone small extent made and freed makes and frees a slab each time.
             self._return_slabs(spare_nbytes=SLAB_NBYTES, within=(start, stop))
 
-    def _take(self, nbytes: int) -> int | None:
-        """Take ``nbytes`` out of free memory, and return where; None when no gap holds them."""
+    def _take(self, nbytes: int) -> tuple[int | None, bool]:
+        """Take ``nbytes`` out of free memory, and return where, and whether they were cold; None when no gap holds them."""
         space = self._large if nbytes >= LARGE_NBYTES else self._small
         offset = space.find(nbytes)
         if offset is None:
             if space is self._small:
                 if not self._make_slab(SLAB_NBYTES) and not self._make_slab(_page_ceil(nbytes)):
-                    return None
+                    return None, False
             else:
                 self._return_slabs(spare_nbytes=0)
             offset = space.find(nbytes)
             if offset is None:
-                return None
-        space.take(offset, offset + nbytes)
+                return None, False
+        warm = space.take(offset, offset + nbytes)
         if space is self._large:
             self._high_water = max(self._high_water, offset + nbytes)
-        return offset
+        return offset, not warm
 
     def _make_slab(self, nbytes: int) -> bool:
         start = self._large.find(nbytes)

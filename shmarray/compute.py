@@ -29,7 +29,7 @@ from shmarray.handle import Handle, in_memory, wrap_stored
 from shmarray.kernels.numpy import MapKernel
 from shmarray.kernels.program import Store
 from shmarray.optimise import substitute
-from shmarray.plan import Target, build_plan
+from shmarray.plan import Target, build_plan, is_zero
 from shmarray.storage import Layout, Storage
 
 __all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
@@ -96,7 +96,9 @@ def persist(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
     lazy = [a for a in args if isinstance(a, Handle) and a._storage is None]
     pool = current_pool()
     storages = [Storage(pool, a.shape, a.dtype, a.chunks) for a in lazy]
-    run([a.node for a in lazy], [Target(s.shape, s.dtype, storage=s, layout=s.layout) for s in storages], scheduler, pool)
+    # Memory that nobody has touched is zero already.
+    work = [(a.node, s) for a, s in zip(lazy, storages, strict=True) if not (s.extent.was_cold and is_zero(a.node))]
+    run([n for n, _ in work], [Target(s.shape, s.dtype, storage=s, layout=s.layout) for _, s in work], scheduler, pool)
     stored = iter([wrap_stored(s, s.layout, a.chunks) for s, a in zip(storages, lazy, strict=True)])
     return tuple(next(stored) if isinstance(a, Handle) and a._storage is None else a for a in args)
 

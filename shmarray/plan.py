@@ -52,7 +52,7 @@ from shmarray.region import IndexMap, c_strides, identity_map
 from shmarray.storage import Layout, Storage
 from shmarray.tiles import BLOCK_ITEMS, ENOUGH_TASKS, REDUCTION_TILE_ITEMS, TILE_ITEMS, Grid, map_grid, reduction_grid, slab_sizes
 
-__all__ = ["Target", "build_plan"]
+__all__ = ["Target", "build_plan", "is_zero"]
 
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
@@ -117,6 +117,12 @@ def _constant_of(node: Expr) -> np.generic | None:
         node = node.x
     value = getattr(node.operation, "value", None) if isinstance(node, Fill) else None
     return value if isinstance(value, np.generic) else None
+
+
+def is_zero(node: Expr) -> bool:
+    """Return whether an array is one constant, every byte of which is zero (and so not -0.0)."""
+    value = _constant_of(node)
+    return value is not None and not any(value.tobytes())
 
 
 @dataclass

@@ -15,7 +15,7 @@ from shmarray.region import Box
 
 __all__ = ["Grid", "block_sizes", "blocks", "map_grid", "reduction_grid", "slab_sizes"]
 
-BLOCK_ITEMS = 1 << 15  # what stays in cache while a fused chain runs over it: 256 KiB of float64
+BLOCK_ITEMS = 1 << 16  # what stays in cache while a fused chain runs over it: 256 KiB of float64
 TILE_ITEMS = 1 << 17  # 1 MiB of float64: 0.1 to 1 ms of work, so that a range of tiles can be cut anywhere
 REDUCTION_TILE_ITEMS = 1 << 18
 MOST_PARTIAL_ITEMS = 1 << 20  # partial results of one reduction, in items: a constant, however large the input

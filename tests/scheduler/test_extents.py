@@ -522,3 +522,18 @@ def test_forked_child_frees_without_harm_to_the_parent() -> None:
     assert np.all(arena.bytes[extent.offset : extent.offset + extent.nbytes] == 7)
     assert extents.statistics().live_extents == 1
     extents.check()
+
+
+def test_memory_that_nobody_touched_is_known_to_be_zero() -> None:
+    arena = Arena(64 << 20)
+    extents = Extents(arena, warm_limit_nbytes=64 << 20)
+    first = extents.allocate(2 << 20)
+    assert first.was_cold
+    arena.bytes[first.offset : first.offset + first.nbytes] = 7
+    first.free()
+    assert not extents.allocate(2 << 20).was_cold
+    extents.drain()
+    extents.trim()
+    again = extents.allocate(2 << 20)
+    assert again.was_cold
+    assert not arena.bytes[again.offset : again.offset + again.nbytes].any()

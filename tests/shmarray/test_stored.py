@@ -324,3 +324,13 @@ def test_strings_dates_and_structures_are_stored_and_come_back(executor: str) ->
         np.testing.assert_array_equal(x.compute(), values)
         np.testing.assert_array_equal(x[::-1].persist().compute(), values[::-1])
         np.testing.assert_array_equal(sa.asarray(values)[1:].compute(), values[1:])
+
+
+def test_zeros_are_zero_in_memory_that_was_used_before() -> None:
+    with sa.Pool(workers=1):
+        x = sa.ones(1 << 18).persist()
+        del x
+        gc.collect()
+        assert not np.asarray(sa.zeros(1 << 18).persist()).any()
+        assert not np.asarray(sa.zeros(1 << 19).persist()).any()  # cold: nothing runs
+        assert np.signbit(np.asarray(sa.full(1 << 19, -0.0).persist())).all()
