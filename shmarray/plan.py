@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.results import result_memory
 from scheduler.run import Pool
 from scheduler.task import DRIVER, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
 from shmarray.dtypes import result_dtypes
@@ -91,10 +92,9 @@ def _empty_like(root: Expr) -> np.ndarray[Any, Any]:
         strides = [_strides_of(n) for n in chain if n.shape == root.shape and not isinstance(n, Elementwise)]
         if strides and all(s is not None for s in strides):
             order = _memory_order([Operand(0, 0, root.shape, s, root.dtype) for s in strides if s is not None], len(root.shape))
-    if order is None or order == tuple(range(len(root.shape))):
-        return np.empty(root.shape, root.dtype)
-    like = np.empty([root.shape[a] for a in order], root.dtype).transpose(np.argsort(order))  # never touched
-    return np.empty_like(like, order="K")  # owns its memory, as a result of NumPy's would
+    if order is None:
+        order = tuple(range(len(root.shape)))
+    return result_memory().empty(tuple(root.shape[a] for a in order), root.dtype).transpose(np.argsort(order))
 
 
 def _strides_of(node: Expr) -> tuple[int, ...] | None:

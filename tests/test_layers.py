@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SCHEDULER = """
 __init__ executors.__init__ errors limits
 task
-state segments extents locks
+state segments extents results locks
 worker
 running
 pool
@@ -54,6 +54,7 @@ DOORS = {
     "scheduler.limits": {"array", "chunks", "config"},
     "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan"},
     "scheduler.locks": {"array", "storage"},
+    "scheduler.results": {"plan"},
 }
 
 # Imports inside functions, each with its reason in a comment beside it: (file, module).
