@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -72,6 +73,7 @@ class Config:
             text = (os.environ if environment is None else environment).get(variable)
             if text:
                 values[name] = _checked(name, text, f"the environment variable {variable}")
+        self._mutex = threading.Lock()  # held while _base is replaced
         self._base: dict[str, Any] = values
         self._local: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("shmarray_config", default=MappingProxyType({}))
 
@@ -121,13 +123,15 @@ class _Setting:
     def __init__(self, owner: Config, changes: dict[str, Any]) -> None:
         self._owner = owner
         self._changes = changes
-        self._before = dict(owner._base)
-        owner._base = {**owner._base, **changes}
+        with owner._mutex:
+            self._before = {name: owner._base[name] for name in changes}
+            owner._base = {**owner._base, **changes}
         self._token: contextvars.Token[Mapping[str, Any]] | None = None
 
     def __enter__(self) -> Config:
         owner = self._owner
-        owner._base = {n: self._before[n] if n in self._changes else v for n, v in owner._base.items()}
+        with owner._mutex:
+            owner._base = {**owner._base, **self._before}
         self._token = owner._local.set(MappingProxyType({**owner._local.get(), **self._changes}))
         return owner
 

@@ -82,8 +82,10 @@ def where(condition: Any, x: Any = None, y: Any = None, /) -> Any:
     >>> sa.where(sa.arange(4) > 1, 10, 20).compute()
     array([20, 20, 10, 10])
     """
+    if x is None and y is None:
+        return tuple(as_handle(i) for i in np.nonzero(np.asarray(as_handle(condition))))
     if x is None or y is None:
-        raise ValueError("where(condition) alone gives as many indices as there are True elements; use np.nonzero(condition.compute())")
+        raise ValueError("either both or neither of x and y should be given")
     return apply("where", condition, x, y)
 
 

@@ -127,6 +127,7 @@ def reduce_ufunc(
     keepdims: bool = False,
     initial: Any = _NO_VALUE,
     where: Any = True,
+    **params: Any,
 ) -> Any:
     """Return ``ufunc.reduce(x, axis)``. Associative ufuncs run in parallel; others, whose order matters, as one call of NumPy."""
     x = as_handle(x)
@@ -145,7 +146,14 @@ def reduce_ufunc(
         return _into(as_handle(value), out)
     given = x if dtype is None or name in ("add", "multiply") else astype(x, dtype)
     result = _reduce(
-        name, given, axis, result_dtype, keepdims, lambda a, axis: ufunc.reduce(a, axis=axis, dtype=dtype, keepdims=True), "reduce"
+        name,
+        given,
+        axis,
+        result_dtype,
+        keepdims,
+        lambda a, axis: ufunc.reduce(a, axis=axis, dtype=dtype, keepdims=True),
+        "reduce",
+        **params,
     )
     return _into(_with_initial(result, name, initial), out)
 
@@ -302,12 +310,12 @@ def _no_nan(a: Any, value: int) -> Any:
 
 def nanmax(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True) -> Any:
     """Return the largest element over ``axis``, NaN aside; NaN where there is nothing else."""
-    return reduce_ufunc(np.fmax, a, axis, None, out, keepdims, initial, where)
+    return reduce_ufunc(np.fmax, a, axis, None, out, keepdims, initial, where, nan_warns=True)
 
 
 def nanmin(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False, initial: Any = _NO_VALUE, where: Any = True) -> Any:
     """Return the smallest element over ``axis``, NaN aside; NaN where there is nothing else."""
-    return reduce_ufunc(np.fmin, a, axis, None, out, keepdims, initial, where)
+    return reduce_ufunc(np.fmin, a, axis, None, out, keepdims, initial, where, nan_warns=True)
 
 
 def nanmean(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, *, where: Any = True) -> Any:

@@ -9,6 +9,7 @@ Never put here: grids, memory, how a user calls it (``reductions``).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -51,6 +52,8 @@ def _accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _only(states: States, count: int, dtype: np.dtype[Any], params: Params) -> NDArray:
+    if params.get("nan_warns") and (states[0] != states[0]).any():
+        warnings.warn("All-NaN slice encountered", RuntimeWarning, stacklevel=2)
     return states[0].astype(dtype, copy=False)
 
 
