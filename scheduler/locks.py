@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from scheduler.errors import LockError
 from scheduler.task import LockRequest
@@ -126,6 +126,13 @@ class _Lost(weakref.ref[Hold]):
     ticket: _Ticket
 
 
+class _Gone(weakref.ref[Any]):
+    """What is left of the owner of an extent: the ``extent``. Its callback is `deque.append`, for the same reasons."""
+
+    __slots__ = ("extent",)
+    extent: int
+
+
 @dataclass(frozen=True, slots=True)
 class LockStatistics:
     """A snapshot: requests granted and waiting now, extents that are locked somewhere, and grants that had to wait so far."""
@@ -147,11 +154,14 @@ class CellLocks:
     def __init__(self, fd: int | None = None) -> None:
         """``fd``: the lock file of another process, inherited or received, which belongs to the table from now on."""
         self._fd = _make_file() if fd is None else fd
-        weakref.finalize(self, os.close, self._fd)
+        # Not at exit: daemon threads may still be in here, and the system closes it soon enough.
+        weakref.finalize(self, os.close, self._fd).atexit = False
         self._start_anew()
         self._bases: dict[int, int] = {}  # extent -> its first byte in the file
         self._free_bases: list[int] = []
         self._next_base = 0
+        self._owned: dict[int, _Gone] = {}  # kept here, for a weak reference that is gone calls nobody
+        self._gone: deque[_Gone] = deque()  # owners that were collected; any thread, any time, without the mutex
         _live_tables.add(self)
 
     def _start_anew(self) -> None:
@@ -178,6 +188,7 @@ class CellLocks:
         with self._mutex:
             base = self._bases.get(extent)
             if base is None:
+                self._forget_gone()
                 if self._free_bases:
                     base = self._free_bases.pop()
                 else:
@@ -199,6 +210,26 @@ class CellLocks:
     def forget(self, extent: int) -> None:
         """Let the bytes of an extent that is gone be used for another."""
         self._read(lambda: self._forget(extent))
+
+    def forget_after(self, owner: object, extent: int) -> None:
+        """Forget an extent once ``owner`` is collected and nobody holds cells of it: quietly, at no certain time."""
+        gone = _Gone(owner, self._gone.append)
+        gone.extent = extent
+        with self._mutex:
+            self._owned[extent] = gone
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        if self._changing:
+            return  # from a finalizer: another call does it
+        for _ in range(len(self._gone)):
+            gone = self._gone[0]  # taken off the queue last: done twice, it does no harm
+            if gone.extent in self._granted:
+                self._gone.append(gone)  # a Hold outlives the array, in a traceback for one: next time
+            else:
+                self._forget(gone.extent)
+                self._owned.pop(gone.extent, None)
+            self._gone.popleft()
 
     def _forget(self, extent: int) -> None:
         holders = self._granted.get(extent)

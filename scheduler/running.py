@@ -29,7 +29,19 @@ if TYPE_CHECKING:
     from scheduler.extents import Extent
     from scheduler.locks import CellLocks, Hold
 
-__all__ = ["GIVE_UP_AFTER_S", "Host", "Lane", "RemoteError", "Running", "is_inline", "raise_failure", "set_inline"]
+__all__ = [
+    "GIVE_UP_AFTER_S",
+    "Host",
+    "Lane",
+    "RemoteError",
+    "Room",
+    "Running",
+    "Signal",
+    "is_inline",
+    "raise_failure",
+    "set_inline",
+    "start_thread",
+]
 
 GIVE_UP_AFTER_S = 0.8  # waiting for a cancelled plan: what is left ends in the background
 
@@ -47,6 +59,50 @@ def set_inline() -> None:
     _inline.busy = True
 
 
+class Signal:
+    """Says once, to the one thread that waits, that something is done.
+
+    Not a `threading.Event`: that holds a lock in code written in Python, where Ctrl-C in the waiting thread can leave it held,
+    and whoever calls ``set`` would then wait for ever.
+    """
+
+    __slots__ = ("_gate", "is_set")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def set(self) -> None:
+        """Say it. From one thread at a time; calling it again does nothing."""
+        if not self.is_set:
+            self.is_set = True
+            self._gate.release()
+
+    def wait(self, timeout: float = -1) -> bool:
+        """Wait until it is said, or for ``timeout`` seconds; return whether it was."""
+        return self.is_set or self._gate.acquire(timeout=timeout) or self.is_set
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread; a Ctrl-C meanwhile is a KeyboardInterrupt, whatever `threading` makes of it."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # "release unlocked lock": it struck inside a Condition
+            raise error.__context__ from None
+        raise
+
+
+class Room:
+    """What a pool has reserved for a plan, until `Host.leave`, or until nobody holds this: Ctrl-C can strike in between."""
+
+    __slots__ = ("__weakref__", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
 class Host(Protocol):
     """What a plan needs of the pool that runs it."""
 
@@ -54,11 +110,11 @@ class Host(Protocol):
     memory: Memory
     locks: CellLocks
 
-    def admit(self, plan: Plan) -> tuple[int | None, int]:
+    def admit(self, plan: Plan) -> tuple[int | None, Room | None]:
         """Return the room for the plan's temporaries (None: it has none) and what was reserved; wait for it; raise when none."""
 
-    def leave(self, reserved_nbytes: int) -> None:
-        """Give back what `admit` gave."""
+    def leave(self, room: Room) -> None:
+        """Give back what `admit` gave; calling it again does nothing."""
 
     def allocate_temporary(self, nbytes: int) -> Extent: ...
 
@@ -79,12 +135,11 @@ class Running:
         self.warnings: dict[tuple[str, str, str], None] = {}
         self.addresses: dict[int, Address] = {i: b.address for i, b in enumerate(plan.buffers) if b.address is not None}
         self.temporaries: dict[int, Extent] = {}
-        self._closed = False
         # Locks before room: who waits for room holds its locks, who has room waits for nothing. The other way round two
         # plans could wait for each other.
         self.hold: Hold | None = host.locks.acquire(plan.locks) if plan.locks else None
         try:
-            self.room_nbytes, self._reserved_nbytes = host.admit(plan)
+            self.room_nbytes, self._room = host.admit(plan)
         except BaseException:
             if self.hold is not None:
                 self.hold.release()
@@ -109,12 +164,11 @@ class Running:
 
     def close(self) -> None:
         """Let everything go. Only when no lane can run a task of this plan any more."""
-        if self._closed:
-            return
-        self._closed = True
+        # Each step may be done twice: cut short by a Ctrl-C, whoever closes it next, or the garbage collector, does the rest.
         while self.temporaries:
             self.host.free_temporary(self.temporaries.popitem()[1])
-        self.host.leave(self._reserved_nbytes)
+        if self._room is not None:
+            self.host.leave(self._room)
         if self.hold is not None:
             self.hold.release()
 
@@ -132,6 +186,7 @@ class Lane:
     def run(self, running: Running, command: SendRange, *, interruptible: bool = False) -> Event:
         """Run a range; return what is to be told to the state. ``interruptible``: a Ctrl-C is the user's, not the task's."""
         task = command.start
+        is_bound = False
         began = time.perf_counter()
         try:
             key = command.plan_id, command.layer
@@ -139,13 +194,14 @@ class Lane:
             if function is None:
                 context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings)
                 function = self.bound[key] = running.plan.layers[command.layer].kernel.bind(context)
+            is_bound = True
             for task in range(command.start, command.stop):
                 if running.is_stopping:
                     return RangeStopped(command.worker, command.run_id, task)
                 function(task)
         except BaseException as error:
             told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)
-            return RangeFailed(command.worker, command.run_id, task, told)
+            return RangeFailed(command.worker, command.run_id, task, told, is_bound)
         return RangeFinished(command.worker, command.run_id, time.perf_counter() - began)
 
     def forget(self, plan_id: int) -> None:

@@ -87,13 +87,15 @@ class WorkerNotStarted:
 class WorkerLost:
     """A worker is gone. ``cursor`` is the task it was at, those before it in its range being done; None: not begun.
 
-    A cursor equal to the range's stop says that all of it was done, only not reported.
+    A cursor equal to the range's stop says that all of it was done, only not reported. ``is_bound`` False: it was still binding
+    the layer's kernel, for that task, and had written nothing.
     """
 
     worker: int
     cursor: int | None
     reason: str
     pid: int
+    is_bound: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +107,16 @@ class RangeFinished:
 
 @dataclass(frozen=True, slots=True)
 class RangeFailed:
-    """``task`` raised ``error``; those before it in the range are done, those after it were not begun."""
+    """``task`` raised ``error``; those before it in the range are done, those after it were not begun.
+
+    ``is_bound`` False: binding the layer's kernel raised it, and nothing was written.
+    """
 
     worker: int
     run_id: int
     task: int
     error: BaseException
+    is_bound: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -653,7 +659,8 @@ class State:
             return
         plan = piece.plan
         plan.finish(piece.layer, piece.start, event.task, commands)
-        plan.unfinished.append((piece.layer.index, event.task, event.task + 1))
+        if event.is_bound:
+            plan.unfinished.append((piece.layer.index, event.task, event.task + 1))
         plan.fail(event.error, piece.layer.index, event.task)
         self._stop(plan, commands)
 
@@ -695,14 +702,16 @@ class State:
         plan.give_back(layer, cursor + 1, piece.stop)
         deaths = plan.deaths.setdefault((layer.index, cursor), [])
         deaths.append((event.reason, event.pid))
-        if not layer.layer.retry:
-            plan.unfinished.append((layer.index, cursor, cursor + 1))
+        # Who died while binding had written nothing: then it is run again even where that would be wrong later.
+        begun = [(layer.index, cursor, cursor + 1)] if event.is_bound else []
+        if begun and not layer.layer.retry:
+            plan.unfinished += begun
             plan.fail(_torn(layer, cursor, event), layer.index, cursor)
             self._stop(plan, commands)
         elif plan.is_stopping:
-            plan.unfinished.append((layer.index, cursor, cursor + 1))
+            plan.unfinished += begun
         elif len(deaths) >= MOST_DEATHS:
-            plan.unfinished.append((layer.index, cursor, cursor + 1))
+            plan.unfinished += begun
             plan.fail(_refused(layer, cursor, deaths), layer.index, cursor)
             self._stop(plan, commands)
 

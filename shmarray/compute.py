@@ -25,11 +25,11 @@ from shmarray.chunks import Chunks, default_chunks
 from shmarray.config import config
 from shmarray.errors import ChangedInput, TornChunkError
 from shmarray.expr import Elementwise, Expr, InMemory, Stored, line_of, make, postorder, user_line
+from shmarray.fuse import is_zero
 from shmarray.handle import Handle, in_memory, wrap_stored
 from shmarray.kernels.numpy import MapKernel
-from shmarray.kernels.program import Store
 from shmarray.optimise import substitute
-from shmarray.plan import Target, build_plan, is_zero
+from shmarray.plan import Target, build_plan
 from shmarray.storage import Layout, Storage
 
 __all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
@@ -230,7 +230,7 @@ def _tear(storage: Storage, layout: Layout, plan: Plan, error: BaseException) ->
         kernel = plan.layers[layer].kernel
         if plan.layers[layer].retry or not isinstance(kernel, MapKernel):
             continue
-        (out,) = [kernel.program.operands[step.operand] for step in kernel.program.steps if isinstance(step, Store)][:1]
+        out = kernel.program.stores[0]
         for task in range(start, stop):
             box = kernel.grid.box(task)
             offset = out.offset + sum(piece.start * stride for piece, stride in zip(box, out.strides, strict=True))

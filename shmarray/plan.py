@@ -24,7 +24,6 @@ import numpy as np
 from scheduler.results import result_memory
 from scheduler.run import Pool
 from scheduler.task import DRIVER, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
-from shmarray.dtypes import result_dtypes
 from shmarray.expr import (
     Assemble,
     Block,
@@ -38,22 +37,21 @@ from shmarray.expr import (
     Scan,
     Stored,
     View,
-    exact,
     line_of,
     postorder,
 )
+from shmarray.fuse import ProgramWriter, broadcast_operand, crossing_axes, is_leaf, memory_order
 from shmarray.kernels.numpy import BlockGrid, BlockKernel, CopyInKernel, MapKernel
-from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Register, Step, Store
+from shmarray.kernels.program import Load, Operand, Program, Register, Store
 from shmarray.kernels.reduce import FinishKernel, ReduceKernel, ReduceSpec
 from shmarray.kernels.scan import CarryKernel, ScanKernel
 from shmarray.ops.reductions_table import REDUCTIONS
-from shmarray.ops.table import row_for
 from shmarray.optimise import optimise, weight_below
-from shmarray.region import IndexMap, c_strides, identity_map
+from shmarray.region import IndexMap, c_strides
 from shmarray.storage import Layout, Storage
 from shmarray.tiles import BLOCK_ITEMS, ENOUGH_TASKS, REDUCTION_TILE_ITEMS, TILE_ITEMS, Grid, map_grid, reduction_grid, slab_sizes
 
-__all__ = ["Target", "build_plan", "is_zero"]
+__all__ = ["Target", "build_plan"]
 
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
@@ -91,7 +89,7 @@ def _empty_like(root: Expr) -> np.ndarray[Any, Any]:
         chain = postorder([root], lambda n: n.inputs if isinstance(n, Elementwise) else ())
         strides = [_strides_of(n) for n in chain if n.shape == root.shape and not isinstance(n, Elementwise)]
         if strides and all(s is not None for s in strides):
-            order = _memory_order([Operand(0, 0, root.shape, s, root.dtype) for s in strides if s is not None], len(root.shape))
+            order = memory_order([Operand(0, 0, root.shape, s, root.dtype) for s in strides if s is not None], len(root.shape))
     if order is None:
         order = tuple(range(len(root.shape)))
     return result_memory().empty(tuple(root.shape[a] for a in order), root.dtype).transpose(np.argsort(order))
@@ -105,24 +103,6 @@ def _strides_of(node: Expr) -> tuple[int, ...] | None:
     if isinstance(node, View) and isinstance(node.x, InMemory):
         return node.map.apply_strides(node.x.held.array.strides)[1]
     return None
-
-
-def _is_leaf(node: Expr) -> bool:
-    return isinstance(node, (Stored, InMemory, Fill))
-
-
-def _constant_of(node: Expr) -> np.generic | None:
-    """Return the one value of a constant array, or None."""
-    while isinstance(node, View):
-        node = node.x
-    value = getattr(node.operation, "value", None) if isinstance(node, Fill) else None
-    return value if isinstance(value, np.generic) else None
-
-
-def is_zero(node: Expr) -> bool:
-    """Return whether an array is one constant, every byte of which is zero (and so not -0.0)."""
-    value = _constant_of(node)
-    return value is not None and not any(value.tobytes())
 
 
 @dataclass
@@ -291,7 +271,7 @@ class _Builder:
     def _memory_root(self, root: Expr, target: Operand) -> tuple[Expr, Operand]:
         """Return the memory node to compute straight into ``target``, seen through a view or reshape where that is possible."""
         while True:
-            if isinstance(root, View) and not _is_leaf(root.x) and not isinstance(root.x, Foreign) and root.x not in self.reshaped:
+            if isinstance(root, View) and not is_leaf(root.x) and not isinstance(root.x, Foreign) and root.x not in self.reshaped:
                 seen_through = _through(target, root.map, root.x)
                 if seen_through is None or (isinstance(root.x, Reshape) and not _is_c_ordered(seen_through)):
                     return root, target
@@ -334,7 +314,7 @@ class _Builder:
         weights = weight_below(list(postorder(wanted)))
         users: dict[Expr, set[Any]] = {}  # elementwise node -> the passes it is computed in
         for node in memory:
-            if not _is_leaf(node):
+            if not is_leaf(node):
                 for inner in self._inside(node, memory):
                     if isinstance(inner, Elementwise) and inner is not node:
                         users.setdefault(inner, set()).add(_pass_key(node))
@@ -412,14 +392,14 @@ class _Builder:
     def _emit_map(self, members: list[tuple[Expr, Operand]]) -> None:
         """One layer that computes elementwise nodes (or copies) of one shape."""
         shape = members[0][0].shape
-        writer = _ProgramWriter(self, shape)
+        writer = ProgramWriter(self.operand, shape)
         for node, place in members:
             writer.store(writer.add(node, force=True), place)
         program = writer.program()
-        order = _memory_order(program.operands, len(shape))
+        order = memory_order(program.operands, len(shape))
         if order is not None and order != tuple(range(len(shape))):
             program = program.permuted(order)
-        grid = map_grid(program.shape, _crossing_axes(program.operands) if order is None else None)
+        grid = map_grid(program.shape, crossing_axes(program.operands) if order is None else None)
         names = _layer_name([n for n, _ in members], "copy")
         self._add(
             _LayerDraft(
@@ -428,8 +408,8 @@ class _Builder:
                 names,
                 line_of(members[-1][0]),
                 grid,
-                _loaded(program),
-                _stored(program),
+                program.loads,
+                program.stores,
                 writer.cost(grid),
             )
         )
@@ -437,7 +417,7 @@ class _Builder:
             self.operands.setdefault(node, place)
 
     def _copy(self, source: Operand, target: Operand, line: str) -> None:
-        padded = [_broadcast_operand(o, target.shape) for o in (source, target)]
+        padded = [broadcast_operand(o, target.shape) for o in (source, target)]
         registers = (Register(source.dtype, tuple(n != 1 for n in padded[0].shape)),)
         program = Program(target.shape, tuple(padded), registers, (Load(0, 0), Store(0, 1)))
         grid = map_grid(target.shape)
@@ -452,12 +432,12 @@ class _Builder:
         axes: tuple[int, ...],
     ) -> None:
         """One pass for all reductions (and stored results) over one space; a layer each to fold partials, where there are any."""
-        writer = _ProgramWriter(self, shape)
+        writer = ProgramWriter(self.operand, shape)
         for root, part in along:
             writer.store(writer.add(root, force=True), part)
         inputs = [writer.add(node.x) for node, _ in members]
         program = writer.program()
-        order = _memory_order(program.operands, len(shape))
+        order = memory_order(program.operands, len(shape))
         if order is None or any(node.kind in ("argmin", "argmax") for node, _ in members):  # indices count in C order
             order = tuple(range(len(shape)))
         program = program.permuted(order)
@@ -491,7 +471,7 @@ class _Builder:
                 )
             )
         kernel = ReduceKernel(program, grid, axes, tuple(specs))
-        stores = [*_stored(program), *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
+        stores = [*program.stores, *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
         chain = _layer_name([n for n, _ in along] + [m.x for m, _ in members if isinstance(m.x, Elementwise)], "")
         name = "-".join(filter(None, [chain, *dict.fromkeys(node.name for node, _ in members)]))
         self._add(
@@ -501,7 +481,7 @@ class _Builder:
                 name,
                 specs[-1].line,
                 grid,
-                _loaded(program),
+                program.loads,
                 tuple(stores),
                 writer.cost(grid) + 8 * len(specs),
             )
@@ -528,7 +508,7 @@ class _Builder:
         shape, axis = node.x.shape, node.axis
         n = shape[axis]
         lanes = max(1, math.prod(shape) // max(1, n))
-        writer = _ProgramWriter(self, shape)
+        writer = ProgramWriter(self.operand, shape)
         register = writer.add(node.x)
         program = writer.program()
         kept = tuple(1 if a == axis else m for a, m in enumerate(shape))
@@ -555,7 +535,7 @@ class _Builder:
                     f"{node.name} of segments",
                     line_of(node),
                     grid,
-                    writer.loaded(),
+                    program.loads,
                     (partials,),
                     writer.cost(grid),
                 )
@@ -574,7 +554,7 @@ class _Builder:
                 )
             )
         kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry)
-        loads = writer.loaded() if carry is None else (*writer.loaded(), carry)
+        loads = program.loads if carry is None else (*program.loads, carry)
         self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), grid, loads, (out,), writer.cost(grid) * 2))
         self.operands.setdefault(node, out)
 
@@ -592,10 +572,10 @@ class _Builder:
                 results.append(None)
                 loads.append(where)
             else:
-                writer = _ProgramWriter(self, arg.shape)
+                writer = ProgramWriter(self.operand, arg.shape)
                 results.append(writer.add(arg))
                 programs.append(writer.program())
-                loads.extend(writer.loaded())
+                loads.extend(programs[-1].loads)
         kernel = BlockKernel(operation, tuple(programs), tuple(results), out, boxes)
         ntasks = math.prod(boxes.counts)
         first = boxes.box(0)
@@ -627,7 +607,7 @@ class _Builder:
             if math.prod(map.shape) == 0:
                 continue
             part = out.view(map)
-            writer = _ProgramWriter(self, map.shape)
+            writer = ProgramWriter(self.operand, map.shape)
             register = writer.add(piece)  # one that has memory of its own is read from there
             writer.store(register, part)
             program = writer.program()
@@ -639,7 +619,7 @@ class _Builder:
                     node.name,
                     line_of(node),
                     grid,
-                    writer.loaded(),
+                    program.loads,
                     (part,),
                     writer.cost(grid),
                     beside=frozenset(range(first, len(self.layers))) if node.disjoint else frozenset(),
@@ -760,156 +740,6 @@ class _Builder:
         )
 
 
-class _ProgramWriter:
-    """Writes the program of one layer: nodes become registers, once each."""
-
-    def __init__(self, builder: _Builder, shape: tuple[int, ...]) -> None:
-        self.builder = builder
-        self.shape = shape
-        self.operands: list[Operand] = []
-        self.operand_numbers: dict[Operand, int] = {}
-        self.registers: list[Register] = []
-        self.steps: list[Step] = []
-        self.known: dict[Expr, int] = {}
-        self.applied: dict[Any, tuple[int, ...]] = {}
-        self.nloads = 0
-        self.weight = 0
-        self.nbytes = 0
-
-    def add(self, root: Expr, force: bool = False) -> int:
-        """Return the register that holds ``root``. ``force``: compute it, though it is a memory node (that of this layer)."""
-
-        def inputs(node: Expr) -> Iterable[Expr]:
-            if node in self.known or not isinstance(node, Elementwise):
-                return ()
-            return () if self.builder.operand(node) is not None and not (force and node is root) else node.inputs
-
-        for node in postorder([root], inputs):
-            if node not in self.known:
-                self.known[node] = self._write(node, force and node is root)
-        return self.known[root]
-
-    def store(self, register: int, place: Operand) -> None:
-        self.steps.append(Store(register, self._operand(_broadcast_operand(place, self.shape))))
-        self.nbytes += place.dtype.itemsize
-
-    def loaded(self) -> tuple[Operand, ...]:
-        return tuple(self.operands[step.operand] for step in self.steps if isinstance(step, Load))
-
-    def cost(self, grid: Grid) -> int:
-        """Return what a tile is worth, in bytes of memory traffic."""
-        return max(1, (self.nbytes + 2 * self.weight) * math.prod(grid.sizes))
-
-    def program(self) -> Program:
-        return Program(self.shape, tuple(self.operands), tuple(self.registers), tuple(self.steps))
-
-    def _operand(self, operand: Operand) -> int:
-        number = self.operand_numbers.get(operand)
-        if number is None:
-            number = self.operand_numbers[operand] = len(self.operands)
-            self.operands.append(operand)
-        return number
-
-    def _register(self, dtype: np.dtype[Any], varies: tuple[bool, ...]) -> int:
-        self.registers.append(Register(dtype, varies))
-        return len(self.registers) - 1
-
-    def _write(self, node: Expr, force: bool) -> int:
-        where = None if force and not _is_leaf(node) and not isinstance(node, View) else self.builder.operand(node)
-        if where is not None:
-            operand = _broadcast_operand(where, self.shape)
-            register = self._register(node.dtype, tuple(n != 1 for n in operand.shape))
-            self.steps.append(Load(register, self._operand(operand)))
-            self.nbytes += node.dtype.itemsize
-            return register
-        constant = _constant_of(node)
-        if constant is not None:
-            register = self._register(node.dtype, (False,) * len(self.shape))
-            self.steps.append(Constant(register, constant))
-            return register
-        fill = node.x if isinstance(node, View) else node
-        if isinstance(fill, Fill):
-            map = node.map if isinstance(node, View) else identity_map(node.shape)
-            register = self._register(node.dtype, _varies(node.shape, self.shape))
-            lead = len(self.shape) - len(map.shape)
-            # An axis of length 1 may be broadcast here: it stays at its offset, whatever box is asked for.
-            axes = tuple((-1, 0) if n == 1 else axis for n, axis in zip(map.shape, map.axes, strict=True))
-            full = IndexMap((1,) * lead + map.shape, map.offsets, ((-1, 0),) * lead + axes)
-            self.steps.append(FillStep(register, fill.operation, full))
-            self.weight += fill.operation.cost
-            return register
-        assert isinstance(node, Elementwise), f"{node.name} has no memory"
-        args = tuple(("r", self.known[a]) if isinstance(a, Expr) else ("c", a) for a in node.args)
-        key = (node.op, exact(args), exact(node.params), node.errstate)
-        outs = self.applied.get(key)
-        if outs is None:
-            row = row_for(node.op)
-            # What varies is what the operands vary in: a node may be broadcast beyond them.
-            varies = tuple(any(self.registers[value].varies[a] for kind, value in args if kind == "r") for a in range(len(self.shape)))
-            dtypes = [node.dtype] * row.nout if row.nout == 1 else _output_dtypes(node, row.nout)
-            outs = tuple(self._register(dtype, varies) for dtype in dtypes)
-            self.steps.append(Apply(outs, node.op, args, node.params, node.errstate, line_of(node)))
-            self.applied[key] = outs
-            self.weight += row.weight
-        return outs[node.index]
-
-
-def _loaded(program: Program) -> tuple[Operand, ...]:
-    return tuple(program.operands[step.operand] for step in program.steps if isinstance(step, Load))
-
-
-def _stored(program: Program) -> tuple[Operand, ...]:
-    return tuple(program.operands[step.operand] for step in program.steps if isinstance(step, Store))
-
-
-def _axis_order(operand: Operand) -> tuple[int, ...]:
-    """Return the axes along which an operand moves, from its widest stride to its narrowest."""
-    moving = [a for a, n in enumerate(operand.shape) if n > 1 and operand.strides[a]]
-    return tuple(sorted(moving, key=lambda a: -abs(operand.strides[a])))
-
-
-def _memory_order(operands: Iterable[Operand], ndim: int) -> tuple[int, ...] | None:
-    """Return the order of axes in which every operand lies in memory; None when they differ.
-
-    A loop over the axes in that order goes through all of them as they lie: ``(x.T + 1).sum()`` as fast as ``(x + 1).sum()``.
-    """
-    orders = {_axis_order(o) for o in operands}
-    longest = max(orders, key=len, default=())
-    for order in orders:
-        if [a for a in longest if a in order] != list(order):
-            return None
-    if list(longest) == sorted(longest):
-        return tuple(range(ndim))
-    places = iter(longest)  # axes along which nothing moves stay where they are
-    return tuple(next(places) if a in longest else a for a in range(ndim))
-
-
-def _crossing_axes(operands: Iterable[Operand]) -> tuple[int, int] | None:
-    """Return two axes that operands run along in memory, the narrowest of one and of another."""
-    narrowest = dict.fromkeys(order[-1] for o in operands if len(order := _axis_order(o)) > 1)
-    if len(narrowest) < 2:
-        return None
-    first, second, *_ = narrowest
-    return first, second
-
-
-def _output_dtypes(node: Elementwise, nout: int) -> list[np.dtype[Any]]:
-    given = [a.dtype if isinstance(a, Expr) else a for a in node.args]
-    return list(result_dtypes(row_for(node.op).numpy, given, dict(node.params)))
-
-
-def _varies(shape: tuple[int, ...], space: tuple[int, ...]) -> tuple[bool, ...]:
-    return tuple(n != 1 for n in (1,) * (len(space) - len(shape)) + shape)
-
-
-def _broadcast_operand(operand: Operand, shape: tuple[int, ...]) -> Operand:
-    """Return an operand with an axis for each of ``shape``, of length 1 where it broadcasts."""
-    lead = len(shape) - len(operand.shape)
-    if not lead:
-        return operand
-    return Operand(operand.buffer, operand.offset, (1,) * lead + operand.shape, (0,) * lead + operand.strides, operand.dtype)
-
-
 def _pad_layout(layout: Layout, shape: tuple[int, ...]) -> Layout:
     return layout if layout.shape == shape else Layout(layout.offset, layout.shape, layout.strides, layout.dtype)
 
@@ -942,7 +772,7 @@ def _is_c_ordered(operand: Operand) -> bool:
 
 def _memory_base(node: Expr) -> Expr:
     """Return the node that must get memory so that ``node`` can be read as an array."""
-    while isinstance(node, (View, Reshape)) and not _is_leaf(node.x):
+    while isinstance(node, (View, Reshape)) and not is_leaf(node.x):
         node = node.x
     return node
 

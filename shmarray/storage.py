@@ -93,7 +93,7 @@ class Storage:
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
         self._writers = 0
         self._mutex = threading.Lock()
-        weakref.finalize(self, pool.locks.forget, self.identity)
+        pool.locks.forget_after(self, self.identity)
 
     @property
     def layout(self) -> Layout:

@@ -33,7 +33,7 @@ config ops.table ops.reductions_table tiles
 chunks expr
 storage kernels.program
 handle travel
-optimise kernels.numpy
+optimise kernels.numpy fuse
 kernels.reduce kernels.scan
 plan
 compute

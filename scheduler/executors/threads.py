@@ -19,8 +19,10 @@ from scheduler.running import (
     Host,
     Lane,
     Running,
+    Signal,
     raise_failure,
     set_inline,
+    start_thread,
 )
 from scheduler.state import (
     DRIVER_LANE,
@@ -53,7 +55,7 @@ def run(pool: Host, plan: Plan) -> Report:
             context = contextvars.copy_context()  # what the caller set (errstate, the entered pool) holds in its tasks too
             thread = threading.Thread(target=context.run, args=(crew.serve, lane), name=f"shmarray-{lane}", daemon=True)
             threads.append(thread)
-            thread.start()
+            start_thread(thread)
         # Only the threads touch the state: a Ctrl-C in this one cannot leave it half changed.
         crew.done.wait()
     except BaseException as error:
@@ -90,7 +92,7 @@ class _Crew:
         self.failure: PlanFailed | None = None
         self.is_cancel_told = False
         self.reason: BaseException | None = None  # written by the waiting thread, once, before running.is_stopping
-        self.done = threading.Event()
+        self.done = Signal()
         # Whoever pops it, lane 0 or an interrupted `run`, decides whether the plan ever begins.
         self.submission = deque([Submitted(running.plan_id, running.plan, running.room_nbytes)])
 

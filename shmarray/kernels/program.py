@@ -101,6 +101,16 @@ class Program:
     registers: tuple[Register, ...]
     steps: tuple[Step, ...]
 
+    @property
+    def loads(self) -> tuple[Operand, ...]:
+        """The operands that are read."""
+        return tuple(self.operands[step.operand] for step in self.steps if isinstance(step, Load))
+
+    @property
+    def stores(self) -> tuple[Operand, ...]:
+        """The operands that are written."""
+        return tuple(self.operands[step.operand] for step in self.steps if isinstance(step, Store))
+
     def permuted(self, order: tuple[int, ...]) -> Program:
         """Return the same program with its axes in another order: axis k of the result is axis ``order[k]``."""
         steps = tuple(
