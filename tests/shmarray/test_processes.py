@@ -89,11 +89,12 @@ def test_ctrl_c_ends_a_compute_within_a_second_and_the_pool_works_on(tmp_path: P
     script.write_text(
         textwrap.dedent(
             """
+            import os
             import time
             import shmarray as sa
 
             def slow(block):
-                print("begun", flush=True)
+                os.write(1, b"begun\\n")  # in one piece: two workers write at once
                 time.sleep(60)
                 return block
 
