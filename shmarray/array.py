@@ -366,6 +366,8 @@ class Array(Handle):
             self._node = shaping.setitem_node(self.node, key, value)
             return
         view = shaping.view_of(self, index_map(key, self.shape))
+        if value._storage is view._storage and value._layout == view._layout:
+            return  # the last step of ``x[key] += y``, which Python ends with an assignment: it has been written
         shaping._check_fits(value.shape, view.shape)
         while value.ndim > view.ndim:
             value = value[0]
@@ -393,6 +395,11 @@ class Array(Handle):
             return _call_reduce(ufunc, inputs[0], outs, kwargs)
         if method == "accumulate":
             return reductions.accumulate(ufunc, inputs[0], **kwargs, out=outs[0] if outs else None)
+        if method == "at" and isinstance(inputs[0], Array):
+            x, *rest = inputs
+            values = np.array(running.values_of(x))
+            ufunc.at(values, *[np.asarray(r) if isinstance(r, Handle) else r for r in rest], **kwargs)
+            return x._overwrite(as_handle(values).node)
         if method == "outer":
             a, b = (as_handle(x) for x in inputs)
             wide = a[(..., *(None,) * b.ndim)] if a.ndim and b.ndim else a
@@ -418,6 +425,8 @@ class Array(Handle):
         if not outs:
             return result
         results = result if isinstance(result, tuple) else (result,)
+        if ufunc.nout > 1:
+            results = running.persist(*results)  # all before the first is written: an output may be an input
         given = [_write_out(r, o, ufunc, casting) for r, o in zip(results, outs, strict=True)]
         return tuple(given) if ufunc.nout > 1 else given[0]
 

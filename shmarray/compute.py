@@ -98,7 +98,7 @@ def persist(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
     storages = [Storage(pool, a.shape, a.dtype, a.chunks) for a in lazy]
     # Memory that nobody has touched is zero already.
     work = [(a.node, s) for a, s in zip(lazy, storages, strict=True) if not (s.extent.was_cold and is_zero(a.node))]
-    run([n for n, _ in work], [Target(s.shape, s.dtype, storage=s, layout=s.layout) for _, s in work], scheduler, pool)
+    run([n for n, _ in work], [Target(s.shape, s.dtype, storage=s, layout=s.layout, is_new=True) for _, s in work], scheduler, pool)
     stored = iter([wrap_stored(s, s.layout, a.chunks) for s, a in zip(storages, lazy, strict=True)])
     return tuple(next(stored) if isinstance(a, Handle) and a._storage is None else a for a in args)
 
@@ -109,7 +109,7 @@ def new_stored(values: NDArray, chunks: Chunks) -> Any:
     if values.nbytes < 1 << 22:
         np.copyto(storage.array(storage.layout), values)
     else:
-        run([in_memory(values)], [Target(values.shape, values.dtype, storage=storage, layout=storage.layout)], None, storage.pool)
+        run([in_memory(values)], [Target(values.shape, values.dtype, storage=storage, layout=storage.layout, is_new=True)], None, storage.pool)
     return wrap_stored(storage, storage.layout, chunks)
 
 
@@ -153,7 +153,7 @@ def run(
 
 
 def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
-    _check_inputs(stored)
+    _check_inputs(stored, {x: node for node in postorder(n for n, _ in pairs) for x in node.inputs})
     written = [(t.storage, t.layout) for _, t in pairs if t.storage is not None and t.layout is not None]
     begun: list[tuple[Storage, Layout]] = []
     told: str | None = None  # at which line they were written; None: nothing ran
@@ -242,7 +242,7 @@ def _where(node: Stored) -> Layout:
     return Layout(node.offset, node.shape, node.strides, node.dtype)
 
 
-def _check_inputs(stored: Iterable[Stored]) -> None:
+def _check_inputs(stored: Iterable[Stored], readers: dict[Expr, Expr]) -> None:
     for node in stored:
         layout = _where(node)
         node.storage.check_whole(layout)
@@ -250,7 +250,7 @@ def _check_inputs(stored: Iterable[Stored]) -> None:
             line = node.storage.changed_since(node.version, layout)
             if line is not None:
                 raise ChangedInput(
-                    f"the stored array of shape {node.shape} that an expression built at {line_of(node) or 'an unknown line'} reads "
+                    f"the stored array of shape {node.shape} that an expression built at {line_of(readers.get(node, node)) or 'an unknown line'} reads "
                     f"was written at {line} before the expression was computed. Compute or persist() the expression before the "
                     f"write, build it on x.copy(), or on x.live if it is meant to read whatever is there."
                 )

@@ -297,13 +297,14 @@ N = TypeVar("N", bound=Expr)
 
 
 def make(cls: Callable[..., N], *args: Any, **fields: Any) -> N:
-    """Return the one node with these fields; its line is the user's line that asked for it last."""
+    """Return the one node with these fields; its line is the user's line that asked for it first."""
     key = (cls, *(exact(a) for a in args), *((k, exact(v)) for k, v in fields.items()))
     node = _interned.get(key)
     if node is None:
         node = cls(*args, **fields)
         _interned[key] = node
-    _lines[node] = user_line()
+    if node not in _lines:
+        _lines[node] = user_line()
     return node  # type: ignore[return-value]  # the key holds the class
 
 

@@ -68,6 +68,7 @@ class Target:
     array: np.ndarray[Any, Any] | None = None
     storage: Storage | None = None
     layout: Layout | None = None
+    is_new: bool = False  # nobody has seen the storage yet, so that nobody minds it half written
 
 
 def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> Plan:
@@ -78,8 +79,15 @@ def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> 
         if target.array is None and target.storage is None:
             target.array = _empty_like(root)
         builder.add_target(target)
+        if target.storage is not None and not target.is_new and _may_fail(root):
+            builder.aside.add(builder.targets[-1])
     builder.build(optimised.roots)
     return builder.plan()
+
+
+def _may_fail(root: Expr) -> bool:
+    """Whether a user's function, or a source, stands between here and the values: what it raises must not leave them half written."""
+    return any(isinstance(n, Foreign) or (isinstance(n, Block) and n.operation.isolated) for n in postorder([root]))
 
 
 def _empty_like(root: Expr) -> np.ndarray[Any, Any]:
@@ -140,6 +148,7 @@ class _Builder:
         self.writers: dict[int, list[int]] = {}
         self.readers: dict[int, list[int]] = {}
         self.targets: list[Operand] = []
+        self.aside: set[Operand] = set()  # targets to be computed elsewhere first
         self.target_views: list[tuple[Storage, Layout]] = []
         self.outputs: set[Expr] = set()  # roots that are computed in place wherever else they are needed
         self.reshaped: set[Expr] = set()  # what a reshape reads, and so must lie in C order
@@ -209,7 +218,7 @@ class _Builder:
 
     def build(self, roots: Sequence[Expr]) -> None:
         """Add the layers that fill the targets with ``roots``."""
-        conflicts = self._conflicting(roots)
+        conflicts = self._conflicting(roots) | self.aside
         self.reshaped = {node.x for node in postorder(roots) if isinstance(node, Reshape)}
         outputs: list[tuple[Expr, Operand]] = []
         finals: list[tuple[Operand, Operand, str]] = []

@@ -708,3 +708,54 @@ def test_an_expression_written_several_times_keeps_every_write(executor: str) ->
         which[2] = source.sum(axis=0)
 
     same(y, expected)
+
+
+def test_adding_to_a_view_by_index_from_threads_counts_every_time_and_raises_nothing() -> None:
+    grid = sa.array(np.zeros((20, 50)))
+    errors: list[BaseException] = []
+
+    def add() -> None:
+        try:
+            for _ in range(40):
+                grid[0:10] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=add) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert (np.asarray(grid)[:10] == 120).all()
+    assert not np.asarray(grid)[10:].any()
+
+
+def test_outputs_of_one_ufunc_may_be_its_inputs() -> None:
+    values = np.arange(5.0) + 0.5
+    x, y = sa.array(values), sa.array(np.zeros(5))
+    np.divmod(x, 3, out=(x, y))
+    np.testing.assert_array_equal(np.asarray(x), values // 3)
+    np.testing.assert_array_equal(np.asarray(y), values % 3)
+
+
+def test_ufunc_at_writes_the_array_and_spares_what_was_lent() -> None:
+    x = sa.array(np.zeros(4))
+    before, expression = np.asarray(x), x + 1
+    np.add.at(x, [0, 0, 2], 1)
+    np.testing.assert_array_equal(np.asarray(x), [2, 0, 1, 0])
+    assert not before.any()
+    with pytest.raises(sa.ChangedInput):
+        expression.compute()
+
+
+def test_a_function_that_raises_leaves_the_target_as_it_was() -> None:
+    def picky(block: np.ndarray, block_id: tuple[int, ...]) -> np.ndarray:
+        if block_id == (3,):
+            raise ValueError("no")
+        return block + 1
+
+    x, y = sa.array(np.zeros(8)), sa.array(np.zeros(8)).rechunk(2)
+    with pytest.raises(ValueError, match="no"):
+        x[...] = y.map_blocks(picky, dtype=float)
+    assert not np.asarray(x).any()
