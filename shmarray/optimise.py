@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from shmarray.expr import Elementwise, Expr, Fill, Foreign, Held, InMemory, Reshape, Stored, View, inherit_line, make, postorder
 from shmarray.ops.table import row_for
@@ -167,16 +171,28 @@ def _read_less(node: Foreign, demand: IndexMap) -> Expr:
     return part if map.is_identity(shape) else make(View, map.shape, node.dtype, part, map)
 
 
+def _lying(x: Expr) -> np.ndarray[Any, Any] | None:
+    """Return the NumPy array that a node or a view of one is, or None."""
+    if isinstance(x, InMemory):
+        return x.held.array
+    if isinstance(x, View) and isinstance(x.x, InMemory) and x.size:
+        array = x.x.held.array
+        first = array[tuple(slice(o, o + 1) for o in x.map.offsets)]
+        return as_strided(first, x.shape, x.map.apply_strides(array.strides)[1])
+    return None
+
+
 def _reshaped(x: Expr, shape: tuple[int, ...]) -> Expr:
     """Return ``x`` under another shape: the same bytes where that can be, else a node that gets them in C order first."""
     if isinstance(x, Stored):
         strides = reshape_strides(x.shape, x.strides, shape)
         if strides is not None:
             return make(Stored, shape, x.dtype, x.storage, x.offset, strides, x.version)
-    if isinstance(x, InMemory):
-        strides = reshape_strides(x.shape, x.held.array.strides, shape)
+    lying = _lying(x)
+    if lying is not None:
+        strides = reshape_strides(x.shape, lying.strides, shape)
         if strides is not None:
-            return make(InMemory, shape, x.dtype, Held(x.held.array.reshape(shape)))
+            return make(InMemory, shape, x.dtype, Held(as_strided(lying, shape, strides)))
     if isinstance(x, Reshape):
         return make(Reshape, shape, x.dtype, x.x)
     without = tuple(n for n in shape if n != 1)
