@@ -365,6 +365,12 @@ class Extents:
             finally:
                 self._changing = before
 
+    def taken_nbytes(self, identities: Iterable[int]) -> int:
+        """Return how much of ``live_nbytes`` these extents are: as rounded to size classes, and 0 for those that are gone."""
+        with self._lock:
+            taken, quarantined = self._taken, self._quarantined
+            return sum(taken[identity][1] for identity in identities if identity in taken and identity not in quarantined)
+
     def check(self) -> None:
         """Assert that the books are right: everything below the high water is taken or free, once, and all indexes agree."""
         with self._lock:

@@ -45,8 +45,11 @@ from scheduler.running import (
     Lane,
     RemoteError,
     Running,
+    Signal,
     raise_failure,
     set_inline,
+    start_thread,
+    tell_ranges,
 )
 from scheduler.segments import Memory
 from scheduler.state import (
@@ -106,7 +109,7 @@ class Ticket:
     running: Running
     kernels: Mapping[int, tuple[bytes, bytes]]  # layer -> (digest, pickle)
     path: tuple[list[str], str]  # sys.path and directory when submitted
-    done: threading.Event = field(default_factory=threading.Event)
+    done: Signal = field(default_factory=Signal)
     failure: PlanFailed | None = None
     deaths: int = 0
     broken: BaseException | None = None  # a layer could not be opened
@@ -179,6 +182,7 @@ class _Member:
 
 
 _loops: weakref.WeakSet[_Loop] = weakref.WeakSet()
+_is_exiting = False  # the interpreter ends: written once, by `_close_all`
 
 
 class _Loop:
@@ -203,20 +207,26 @@ class _Loop:
         self.start_error = ""
         self.events: deque[Event] = deque()
         self.inbox: deque[Callable[[], None]] = deque()
-        self.helper: queue.SimpleQueue[tuple[Running, SendRange] | None] | None = None
+        self.helper: _Work | None = None
         self.starts = 0
+        self._is_over = False  # the state machine hears no more
         # Reentrant: the garbage collector may close a pool in a thread that is just posting to another.
         self._gate = threading.RLock()
         self._is_closing = False
         self._claim = deque([True])  # whichever thread pops it is the loop
         self._thread: threading.Thread | None = None
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_fd = self.control_fd = -1
         self.epoll = select.epoll()
-        self.epoll.register(self._wake_fd, select.EPOLLIN)
-        self.control_fd = os.memfd_create("shmarray-control", os.MFD_CLOEXEC)
-        os.fchmod(self.control_fd, 0o600)
-        os.ftruncate(self.control_fd, control_nbytes(slots))
-        self.words = memoryview(mmap.mmap(self.control_fd, control_nbytes(slots))).cast("q")
+        try:
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self.epoll.register(self._wake_fd, select.EPOLLIN)
+            self.control_fd = os.memfd_create("shmarray-control", os.MFD_CLOEXEC)
+            os.fchmod(self.control_fd, 0o600)
+            os.ftruncate(self.control_fd, control_nbytes(slots))
+            self.words = memoryview(mmap.mmap(self.control_fd, control_nbytes(slots))).cast("q")
+        except BaseException:
+            self._close_descriptors()  # no descriptor left, most likely
+            raise
         _loops.add(self)
 
     # -- from any thread
@@ -226,11 +236,12 @@ class _Loop:
         with self._gate:
             if self._is_closing or self.pid != os.getpid():
                 return False
-            self.inbox.append(action)
             if self._thread is None:
                 thread = threading.Thread(target=self._serve, name="shmarray-loop", daemon=True)
-                thread.start()  # a Ctrl-C in here leaves in doubt whether it runs: then another is started, and the claim decides
+                # A Ctrl-C in here leaves in doubt whether it runs: then another is started, and the claim decides.
+                start_thread(thread)
                 self._thread = thread
+            self.inbox.append(action)  # after what may fail: what its caller was told is not done must not be done later
             os.eventfd_write(self._wake_fd, 1)
         return True
 
@@ -263,8 +274,9 @@ class _Loop:
 
     def _close_descriptors(self) -> None:
         self.epoll.close()
-        os.close(self.control_fd)
-        os.close(self._wake_fd)
+        for fd in (self.control_fd, self._wake_fd):
+            if fd >= 0:
+                os.close(fd)
         self._wake_fd = self.control_fd = -1
 
     # -- the thread
@@ -318,9 +330,24 @@ class _Loop:
         self.timers.append((time.monotonic() + delay_s, action))
 
     def _end(self, error: BaseException) -> None:
-        """Close: sockets, then half a second, then SIGKILL. Plans fail before anyone can wait for them in vain."""
+        """Close: end the workers, then fail the plans, then let go of the descriptors. Nobody waits in vain, whatever fails."""
         with self._gate:
             self._is_closing = True
+        try:
+            self._end_members()
+        finally:
+            self._is_over = True
+            for plan_id, ticket in list(self.tickets.items()):
+                ticket.running.is_stopping = True
+                with contextlib.suppress(Exception):  # one that cannot be closed must not keep the others waiting
+                    self._settle(plan_id, PlanFailed(plan_id, error))
+            while self.inbox:
+                self.inbox.popleft()()  # a plan submitted meanwhile: `submit` sees that we are closing
+            with self._gate:
+                self._close_descriptors()
+
+    def _end_members(self) -> None:
+        """Close their sockets, wait half a second, then SIGKILL."""
         for member in self.members.values():
             member.link.close()
         if self.helper is not None:
@@ -333,13 +360,6 @@ class _Loop:
         for member in self.members.values():
             member.process.poll()
             member.close()
-        for plan_id, ticket in list(self.tickets.items()):
-            ticket.running.is_stopping = True
-            self._settle(plan_id, PlanFailed(plan_id, error))
-        while self.inbox:
-            self.inbox.popleft()()  # a plan submitted meanwhile: _submit sees that we are closing
-        with self._gate:
-            self._close_descriptors()
 
     def _wait_members(self, deadline: float) -> None:
         for slot, member in list(self.members.items()):
@@ -355,8 +375,7 @@ class _Loop:
         running = ticket.running
         if self._is_closing:
             ticket.failure = PlanFailed(running.plan_id, PoolClosed("the pool is closed; make a new one."))
-            running.close()
-            ticket.done.set()
+            _finish(ticket)
             return
         self.tickets[running.plan_id] = ticket
         self._feed(Submitted(running.plan_id, running.plan, running.room_nbytes))
@@ -367,14 +386,14 @@ class _Loop:
         if plan_id in self.tickets:
             self._feed(CancelRequested(plan_id, reason))
             self._after(KILL_AFTER_S, lambda: self._kill_busy(plan_id))
-        elif not ticket.done.is_set():  # the Ctrl-C came before it was in the inbox
-            ticket.running.close()
-            ticket.done.set()
+        elif not ticket.done.is_set:  # the Ctrl-C came before it was in the inbox
+            _finish(ticket)
 
     def _kill_busy(self, plan_id: int) -> None:
-        for slot, member in self.members.items():
+        for slot, member in list(self.members.items()):
+            self._listen(member)  # it may be done with that plan, and in the middle of another that must not be torn
             queued = self.state.in_flight(slot)
-            if queued and queued[0][1] == plan_id:
+            if queued and queued[0][1] == plan_id and self.words[WORDS_PER_SLOT * slot + 1] <= queued[0][0]:
                 member.kill()
 
     def _settle(self, plan_id: int, failure: PlanFailed | None) -> None:
@@ -385,12 +404,15 @@ class _Loop:
             if old:
                 member.known -= old
                 member.to_forget.append(plan_id)
-        ticket.running.close()
-        ticket.done.set()
+        if self.helper is not None:
+            self.helper.put(plan_id)
+        _finish(ticket)
 
     # -- the state machine's hands
 
     def _feed(self, event: Event) -> None:
+        if self._is_over:
+            return
         self.events.append(event)
         if len(self.events) > 1:
             return  # the caller further up goes on with it
@@ -468,9 +490,9 @@ class _Loop:
                 case ("done", run_id, elapsed_s, warned):
                     self._note(member, run_id, warned)
                     self._feed(RangeFinished(member.slot, run_id, elapsed_s))
-                case ("failed", run_id, task, blob, summary, trace, warned):
+                case ("failed", run_id, task, is_bound, blob, summary, trace, warned):
                     self._note(member, run_id, warned)
-                    self._feed(RangeFailed(member.slot, run_id, task, RemoteError(blob, summary, trace)))
+                    self._feed(RangeFailed(member.slot, run_id, task, RemoteError(blob, summary, trace), is_bound))
                 case ("stopped", run_id, task, warned):
                     self._note(member, run_id, warned)
                     self._feed(RangeStopped(member.slot, run_id, task))
@@ -493,8 +515,8 @@ class _Loop:
 
     def _start(self, slot: int) -> None:
         self.starts += 1
-        cursor = WORDS_PER_SLOT * slot
-        self.words[cursor], self.words[cursor + 1] = NOT_BEGUN, 0
+        at = WORDS_PER_SLOT * slot
+        self.words[at], self.words[at + 1], self.words[at + 2] = NOT_BEGUN, 0, 0
         try:
             member = self._spawn(slot)
         except OSError as error:
@@ -511,6 +533,7 @@ class _Loop:
     def _spawn(self, slot: int) -> _Member:
         """Start a process. Only ever called by the loop's thread."""
         opened: list[Any] = []
+        process = None
         try:
             link, far_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             opened += [link, far_link]
@@ -533,6 +556,9 @@ class _Loop:
             link.setblocking(False)
             member = _Member(slot, process, link, life, capture)
         except BaseException:
+            if process is not None:
+                process.kill()
+                process.wait()
             for each in opened:
                 each.close() if isinstance(each, socket.socket) else os.close(each)
             raise
@@ -555,12 +581,12 @@ class _Loop:
             self._start_failed(member.slot, f"{reason}\n{tail}".strip())
             return
         at = WORDS_PER_SLOT * member.slot
-        cursor, run_id = self.words[at], self.words[at + 1]
+        cursor, run_id, is_binding = self.words[at], self.words[at + 1], self.words[at + 2]
         queued = self.state.in_flight(member.slot)
         is_begun = bool(queued) and queued[0][0] == run_id and cursor != NOT_BEGUN
         for plan_id in {plan_id for _, plan_id, _ in queued}:
             self.tickets[plan_id].deaths += 1
-        self._feed(WorkerLost(member.slot, cursor if is_begun else None, reason, member.process.pid))
+        self._feed(WorkerLost(member.slot, cursor if is_begun else None, reason, member.process.pid, not is_binding))
 
     def _start_failed(self, slot: int, why: str) -> None:
         self.start_failures += 1
@@ -576,7 +602,7 @@ class _Loop:
         for plan_id in list(self.tickets):
             error = WorkerStartError(
                 f"starting worker processes failed {MOST_START_FAILURES} times in a row, and none is left. The last one, "
-                f"{sys.executable!r}, said:\n{self.start_error}\nUse executor='threads' if processes cannot be started here."
+                f"{sys.executable!r}, said:\n{self.start_error}\nUse scheduler='threads' if processes cannot be started here."
             )
             self._feed(CancelRequested(plan_id, error))
 
@@ -585,19 +611,28 @@ class _Loop:
         self._start(slot)
 
 
-def _helper(work: queue.SimpleQueue[tuple[Running, SendRange] | None], loop: _Loop, memory: Memory) -> None:
+def _finish(ticket: Ticket) -> None:
+    try:
+        ticket.running.close()
+    finally:
+        ticket.done.set()
+
+
+_Work = queue.SimpleQueue[tuple[Running, SendRange] | int | None]  # a range, the id of a plan that has ended, or the end
+
+
+def _helper(work: _Work, loop: _Loop, memory: Memory) -> None:
     """The thread that runs the layers only the driver can."""
     set_inline()
     lane = Lane(memory)
-    last = -1
     while True:
         item = work.get()
         if item is None:
             return
+        if isinstance(item, int):
+            lane.forget(item)  # what was bound may hold open files, large arrays, or the pool
+            continue
         running, command = item
-        if command.plan_id != last:
-            lane.bound.clear()  # rebinding is cheap; holding a finished plan's sources open is not
-            last = command.plan_id
         event = lane.run(running, command)
         if not loop.post(lambda event=event: loop._feed(event)):  # type: ignore[misc]  # a lambda's default is untyped
             return
@@ -676,17 +711,23 @@ class WorkerPool:
         loop = self._loop
         try:
             if not loop.post(lambda: loop.submit(ticket)):
+                running.close()
+                _stay_out_of_the_exit()
                 raise PoolClosed("the pool is closed, or was made before a fork; make a new one.")
             ticket.done.wait()
         except BaseException as error:  # Ctrl-C, most likely
             reason = error if isinstance(error, Exception) else type(error)()
-            if not loop.post(lambda: loop.abandon(ticket, reason)):
-                running.close()
-            elif ticket.done.wait(GIVE_UP_AFTER_S) and ticket.failure is not None:
-                error.unfinished = list(ticket.failure.unfinished)  # type: ignore[attr-defined]  # see Pool.run
+            # A loop that is closed knows already, and ends the plan when nobody works at it any more.
+            told = loop.post(lambda: loop.abandon(ticket, reason))
+            if told and ticket.done.wait(GIVE_UP_AFTER_S) and ticket.failure is not None:
+                tell_ranges(error, ticket.failure)
             raise
         if ticket.failure is not None:
-            raise_failure(running.plan, ticket.failure)
+            _stay_out_of_the_exit()
+            try:
+                raise_failure(running.plan, ticket.failure)
+            finally:
+                ticket.failure = None
         return running.report(ticket.deaths)
 
     def close(self) -> None:
@@ -695,8 +736,18 @@ class WorkerPool:
 
 
 def _close_all() -> None:
-    for loop in list(_loops):
-        loop.close(wait=True)
+    global _is_exiting
+    _is_exiting = True
+    loops = list(_loops)
+    for wait in (False, True):  # all of them at once, then one after the other
+        for loop in loops:
+            loop.close(wait=wait)
+
+
+def _stay_out_of_the_exit() -> None:
+    """In a daemon thread, when the interpreter ends: wait for that, rather than fail noisily because workers have gone first."""
+    if _is_exiting and threading.current_thread().daemon:
+        Signal().wait()
 
 
 def _become_foreign() -> None:

@@ -25,7 +25,7 @@ from scheduler.extents import Extent, Extents
 from scheduler.limits import Budget, cpu_count, format_bytes, parse_bytes
 from scheduler.locks import process_locks
 from scheduler.pool import WorkerPool, can_start_workers
-from scheduler.running import is_inline
+from scheduler.running import Room, is_inline
 from scheduler.segments import Arena, Memory, permit_workers
 from scheduler.task import Plan, Report
 
@@ -33,6 +33,7 @@ __all__ = ["Pool", "PoolStatistics", "configure_default", "default_pool"]
 
 TINY_NBYTES = 2 << 20  # moved: done in the driver sooner than told to a worker
 LARGE_NBYTES = 1 << 20  # from here on an allocation looks after the warm memory as well
+LOOK_AGAIN_S = 0.5  # how long room that was dropped, not given back, can go unnoticed
 
 _log = logging.getLogger("shmarray")
 
@@ -61,6 +62,8 @@ class Pool:
     """
 
     def __init__(self, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None) -> None:
+        if workers is not None and not isinstance(workers, int):
+            raise TypeError(f"Pool(workers={workers!r}): give a whole number, or None (one per core), not {type(workers).__name__}.")
         if workers is not None and workers < 0:
             raise ValueError(f"a pool of {workers} workers: give 0 (run in the calling thread), a count, or None (one per core).")
         self.pid = os.getpid()
@@ -74,10 +77,11 @@ class Pool:
         self.memory = Memory(self.arena.bytes)
         self.closed = False
         self.is_driver_reachable = True  # until a worker finds that the system forbids it; any thread may write False
-        # Guards the five below; waited on by plans for which others leave no room.
-        self._changed = threading.Condition(threading.RLock())
-        self._reserved_nbytes = 0
-        self._temporary_nbytes = 0
+        # Guards the five below. A plain lock, not a Condition: Ctrl-C in a function written in Python would leave that locked.
+        self._mutex = threading.RLock()
+        self._rooms: list[weakref.ref[Room]] = []  # of plans that run
+        self._temporaries: set[int] = set()  # identities of their extents
+        self._waiting: set[threading.Lock] = set()  # of plans for which others leave no room; unlocked to have them look again
         self._plans = 0
         self._worker_pool: WorkerPool | None = None
         self._local = threading.local()  # how deep in `run` this thread is
@@ -91,14 +95,14 @@ class Pool:
 
         ``executor`` None: "synchronous" for tiny work that calls no user function, else "processes". An error carries notes
         (task, user's line, remote traceback) and ``unfinished``: the ranges (layer, start, stop) that were begun but are not
-        known to be done, of interest where a layer must not run twice. KeyboardInterrupt comes within a second.
+        known to be done, and ``finished``: those that are; others were not begun. KeyboardInterrupt comes within a second.
         """
         self._require_open()
         module = self._executor(plan, executor)
         depth = getattr(self._local, "depth", 0)
-        self._local.depth = depth + 1
         self._plans += 1  # a lost count under a race of threads would harm nobody
         try:
+            self._local.depth = depth + 1
             report: Report = module.run(self, plan)
             return report
         finally:
@@ -106,7 +110,7 @@ class Pool:
 
     def _executor(self, plan: Plan, name: str | None) -> Any:
         if name is not None and name not in _KNOWN:
-            raise ValueError(f"executor {name!r} is not known; there are {', '.join(map(repr, sorted(_KNOWN)))}.")
+            raise ValueError(f"scheduler {name!r} is not known; there are {', '.join(map(repr, sorted(_KNOWN)))}.")
         if name is None:
             tiny = not plan.isolated and 0 <= plan.cost_nbytes() <= TINY_NBYTES
             name = "synchronous" if tiny else "processes"
@@ -122,7 +126,7 @@ class Pool:
 
     def worker_pool(self) -> WorkerPool:
         """Return the handle on the worker processes, made on first need."""
-        with self._changed:
+        with self._mutex:
             self._require_open()
             if self._worker_pool is None:
                 permit_workers()
@@ -162,18 +166,18 @@ class Pool:
     def allocate_temporary(self, nbytes: int) -> Extent:
         """Return an extent out of the room of a plan that was admitted."""
         # As one step: a temporary that is live and not yet counted would look stored to a plan that asks for room.
-        with self._changed:
+        with self._mutex:
             extent = self._take(nbytes)
-            self._temporary_nbytes += nbytes
+            self._temporaries.add(extent.identity)
         return extent
 
     def free_temporary(self, extent: Extent) -> None:
         """Take back what `allocate_temporary` gave."""
-        with self._changed:
+        with self._mutex:
             extent.free()
-            self._temporary_nbytes -= extent.nbytes
+            self._temporaries.discard(extent.identity)
 
-    def admit(self, plan: Plan) -> tuple[int | None, int]:
+    def admit(self, plan: Plan) -> tuple[int | None, Room | None]:
         """Return (the room for the plan's temporaries, what is reserved for it); wait while other plans leave too little.
 
         Half of what is free goes to one plan at most, unless it needs more: room beyond the peak lets layers overlap.
@@ -181,11 +185,12 @@ class Pool:
         total = sum(b.nbytes for b in plan.buffers if b.address is None)
         scratch = plan.scratch_nbytes * max(1, self.workers)
         if not total and not scratch:
-            return None, 0
+            return None, None
         peak, where = plan.peak_nbytes()
         limit = self.budget.limit_nbytes
-        with self._changed:
-            while True:
+        wake = threading.Lock()
+        while True:
+            with self._mutex:
                 self._require_open()
                 available = limit - self._stored_nbytes()
                 if peak + scratch > available:
@@ -193,23 +198,38 @@ class Pool:
                     available = limit - self._stored_nbytes()
                 if peak + scratch > available:
                     raise self._refusal(plan, where, peak, scratch, available)
-                free = available - self._reserved_nbytes
+                free = available - self._reserved_nbytes()
                 # A run inside a task of another must not wait for that one to end.
                 if peak + scratch <= free or getattr(self._local, "depth", 0) > 1 or is_inline():
-                    room = min(total, max(peak, free // 2 - scratch))
-                    self._reserved_nbytes += room + scratch
-                    return room, room + scratch
-                self._changed.wait()
+                    nbytes = min(total, max(peak, free // 2 - scratch))
+                    room = Room(nbytes + scratch)
+                    self._rooms.append(weakref.ref(room))
+                    return nbytes, room
+                wake.acquire(blocking=False)
+                self._waiting.add(wake)
+            wake.acquire(timeout=LOOK_AGAIN_S)
 
-    def leave(self, reserved_nbytes: int) -> None:
-        """Give back what `admit` reserved."""
-        if reserved_nbytes:
-            with self._changed:
-                self._reserved_nbytes -= reserved_nbytes
-                self._changed.notify_all()
+    def leave(self, room: Room) -> None:
+        """Give back what `admit` reserved; calling it again does nothing."""
+        with self._mutex:
+            room.nbytes = 0
+            self._rooms = [ref for ref in self._rooms if (there := ref()) is not None and there.nbytes]
+            self._wake_waiting()
+
+    def _wake_waiting(self) -> None:
+        while self._waiting:
+            wake = self._waiting.pop()
+            if wake.locked():
+                wake.release()
+
+    def _reserved_nbytes(self) -> int:
+        return sum(room.nbytes for ref in self._rooms if (room := ref()) is not None)
 
     def _stored_nbytes(self) -> int:
-        return max(0, self.extents.statistics().live_nbytes - self._temporary_nbytes)
+        return max(0, self.extents.statistics().live_nbytes - self._temporary_nbytes())
+
+    def _temporary_nbytes(self) -> int:
+        return self.extents.taken_nbytes(self._temporaries)
 
     def _refusal(self, plan: Plan, where: int, peak: int, scratch: int, available: int) -> MemoryBudgetError:
         layer = plan.layers[where]
@@ -237,9 +257,9 @@ class Pool:
         """End the workers and give up the memory; plans that still run raise PoolClosed. Calling it again does nothing."""
         if self.closed or self.pid != os.getpid():
             return
-        with self._changed:
+        with self._mutex:
             self.closed = True
-            self._changed.notify_all()
+            self._wake_waiting()
             workers = self._worker_pool
         if workers is not None:
             workers.close()
@@ -261,6 +281,8 @@ class Pool:
         """Return a snapshot."""
         extents = self.extents.statistics()
         workers = self._worker_pool
+        with self._mutex:
+            temporary_nbytes = self._temporary_nbytes()
         return PoolStatistics(
             workers=self.workers,
             pids=workers.pids if workers else (),
@@ -268,7 +290,7 @@ class Pool:
             plans=self._plans,
             limit_nbytes=self.budget.limit_nbytes,
             live_nbytes=extents.live_nbytes,
-            temporary_nbytes=self._temporary_nbytes,
+            temporary_nbytes=temporary_nbytes,
             warm_nbytes=extents.warm_nbytes,
             peak_nbytes=extents.peak_nbytes,
         )
@@ -276,8 +298,8 @@ class Pool:
     def check(self) -> None:
         """Assert what must hold while no plan runs."""
         self.extents.check()
-        assert self._reserved_nbytes == 0, self._reserved_nbytes
-        assert self._temporary_nbytes == 0, self._temporary_nbytes
+        assert self._reserved_nbytes() == 0, self._reserved_nbytes()
+        assert self._temporary_nbytes() == 0, self._temporary_nbytes()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.workers} workers, {format_bytes(self.budget.limit_nbytes)}"

@@ -41,6 +41,7 @@ __all__ = [
     "raise_failure",
     "set_inline",
     "start_thread",
+    "tell_ranges",
 ]
 
 GIVE_UP_AFTER_S = 0.8  # waiting for a cancelled plan: what is left ends in the background
@@ -201,7 +202,10 @@ class Lane:
                 function(task)
         except BaseException as error:
             told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)
-            return RangeFailed(command.worker, command.run_id, task, told, is_bound)
+            try:
+                return RangeFailed(command.worker, command.run_id, task, told, is_bound)
+            finally:
+                del told  # its traceback holds this frame: in a circle they would keep the plan's arrays until a collection
         return RangeFinished(command.worker, command.run_id, time.perf_counter() - began)
 
     def forget(self, plan_id: int) -> None:
@@ -217,6 +221,13 @@ class RemoteError(Exception):
         self.blob, self.summary, self.trace = blob, summary, trace
 
 
+def tell_ranges(error: BaseException, failure: PlanFailed) -> None:
+    """Put on an error which ranges of tasks (layer, start, stop) may be half done, and which are done."""
+    with contextlib.suppress(AttributeError):  # an exception class with a __setattr__ of its own
+        error.unfinished = list(failure.unfinished)  # type: ignore[attr-defined]  # documented in scheduler.run.Pool.run
+        error.finished = list(failure.finished)  # type: ignore[attr-defined]  # there, too
+
+
 def raise_failure(plan: Plan, failure: PlanFailed) -> None:
     """Raise what a plan failed with, saying where; ``unfinished`` on it: the ranges (layer, start, stop) begun but not done."""
     error, trace = failure.error, ""
@@ -224,6 +235,8 @@ def raise_failure(plan: Plan, failure: PlanFailed) -> None:
         trace, error = error.trace, unpack_error(error.blob, error.summary)
     if failure.layer >= 0 and not isinstance(error, KeyboardInterrupt):
         annotate(error, plan.layers[failure.layer], failure.task, trace)
-    with contextlib.suppress(AttributeError):  # an exception class with a __setattr__ of its own
-        error.unfinished = list(failure.unfinished)  # type: ignore[attr-defined]  # documented in scheduler.run.Pool.run
-    raise error
+    tell_ranges(error, failure)
+    try:
+        raise error
+    finally:
+        del error, failure  # no circle with the traceback: see Lane.run. Callers drop the failure as well

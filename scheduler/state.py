@@ -173,13 +173,17 @@ class PlanFinished:
 
 @dataclass(frozen=True, slots=True)
 class PlanFailed:
-    """``layer`` and ``task`` say where, -1 when nowhere; ``unfinished`` are ranges that were begun and may be half done."""
+    """``layer`` and ``task`` say where, -1 when nowhere; ``unfinished`` are ranges that were begun and may be half done.
+
+    ``finished`` are the ranges (layer, start, stop) that are done; all others were not begun.
+    """
 
     plan_id: int
     error: BaseException
     layer: int = -1
     task: int = -1
     unfinished: tuple[tuple[int, int, int], ...] = ()
+    finished: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -729,7 +733,8 @@ class State:
         if plan.is_stopping:
             assert plan.error is not None
             del self.plans[plan.plan_id]
-            commands.append(PlanFailed(plan.plan_id, plan.error, *plan.error_at, tuple(sorted(plan.unfinished))))
+            done = tuple((layer.index, start, stop) for layer in plan.layers for start, stop in layer.finished)
+            commands.append(PlanFailed(plan.plan_id, plan.error, *plan.error_at, tuple(sorted(plan.unfinished)), done))
         elif not plan.unfinished_layers:
             del self.plans[plan.plan_id]
             self.turn.remove(plan.plan_id)
@@ -846,5 +851,5 @@ def _refused(layer: _LayerState, task: int, deaths: list[tuple[str, int]]) -> Wo
     return WorkerDied(
         f"{_where(layer, task)} ended {len(deaths)} worker processes ({listed}) and is refused from now on. SIGKILL is often the "
         f"system running out of memory (use smaller chunks or fewer workers); SIGSEGV, SIGABRT or an exit code come from the "
-        f"function itself: run it with executor='synchronous' to see where."
+        f"function itself: run it with scheduler='synchronous' to see where."
     )

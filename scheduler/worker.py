@@ -10,7 +10,8 @@ The control page, shared by the driver and all its workers (int64 words):
     word 0..7            8..15            ...      8*(slots+1) ...
     +----------------+ +----------------+         +--------------------------+
     | slot 0         | | slot 1         |         | cancel words, by         |
-    | cursor, run id | | cursor, run id |         | plan id % CANCEL_WORDS   |
+    | cursor, run id,| | cursor, run id,|         | plan id % CANCEL_WORDS   |
+    | binding        | | binding        |         |                          |
     +----------------+ +----------------+         +--------------------------+
       written by that worker alone, read by          written by the driver alone: the id of a
       the driver only after the worker's death       plan that stops, looked at between tasks
@@ -119,6 +120,13 @@ def _repr(value: object) -> str:
         return f"<{type(value).__name__} whose repr fails>"
 
 
+def _text(value: object) -> str:
+    try:
+        return "".join(str(value))  # not an instance of a class that only the worker knows
+    except Exception:
+        return f"<{type(value).__name__} whose str fails>"
+
+
 def category_of(category: type[Warning]) -> str:
     """Return the name of the nearest builtin warning class: other classes may not be known in the driver."""
     for base in category.__mro__:
@@ -196,7 +204,7 @@ class _Process:
         self.slots = 0
         self.memory: Memory
         self.kernels = KernelCache()
-        self.bound: dict[tuple[int, int], tuple[Callable[[int], None], dict[Warned, None]]] = {}
+        self.bound: dict[tuple[int, int], tuple[Callable[[int], None] | None, dict[Warned, None]]] = {}
 
     def receive(self) -> Any:
         """Wait for a message; None when the driver has closed its end."""
@@ -245,6 +253,7 @@ class _Process:
         # Never (this run id, an old cursor): the driver would charge a task that was not begun.
         words[cursor] = NOT_BEGUN
         words[cursor + 1] = run_id
+        words[cursor + 2] = is_binding = 1  # until then nothing was written
         words[cursor] = start  # before bind: a function that kills whoever loads it must be charged too
         failed: tuple[int, BaseException] | None = None
         task = start
@@ -254,6 +263,7 @@ class _Process:
             warnings.simplefilter("default")
             try:
                 function, warned = self.bind(plan_id, layer, setup)
+                words[cursor + 2] = is_binding = 0
                 for task in range(start, stop):
                     if words[cancel] == plan_id or _forked:
                         break
@@ -268,12 +278,12 @@ class _Process:
             os._exit(1)
         elapsed = time.perf_counter() - began
         for item in caught:
-            warned[category_of(item.category), str(item.message), f"{item.filename}:{item.lineno}"] = None
+            warned[category_of(item.category), _text(item.message), f"{item.filename}:{item.lineno}"] = None
         told = list(warned)
         warned.clear()
         _flush()
         if failed is not None:
-            self.send(("failed", run_id, failed[0], *_luggage(failed[1]), told))
+            self.send(("failed", run_id, failed[0], not is_binding, *_luggage(failed[1]), told))
         elif task < stop:
             self.send(("stopped", run_id, task, told))
         else:
@@ -289,7 +299,7 @@ class _Process:
                 self.kernels.put(digest, len(blob), [blob, None])
             entry = self.kernels.use(digest)
             # Kept for the next range: a bind that fails must fail again in the same way, with the same setup.
-            self.bound[key] = _failing(digest), {}
+            self.bound[key] = None, {}
             if entry[1] is None:
                 try:
                     entry[1] = cloudpickle.loads(entry[0])
@@ -300,14 +310,10 @@ class _Process:
             warned: dict[Warned, None] = {}
             context = TaskContext(self.memory, {b: Address(*a) for b, a in addresses.items()}, warned)
             self.bound[key] = entry[1].bind(context), warned
-        return self.bound[key]
-
-
-def _failing(digest: bytes) -> Callable[[int], None]:
-    def fail(task: int) -> None:
-        raise TaskError(f"task {task} needs kernel {digest.hex()}, which could not be loaded in this worker")
-
-    return fail
+        function, warned = self.bound[key]
+        if function is None:
+            raise TaskError("the function of this layer could not be loaded in this worker, as an earlier error says")
+        return function, warned
 
 
 def _flush() -> None:

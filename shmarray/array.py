@@ -8,6 +8,7 @@ Never put here: what an operation means, how it runs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from scheduler.task import LockRequest
 from shmarray import compute as running
 from shmarray.chunks import Chunks, chunk_box, normalize_chunks
 from shmarray.expr import Expr, line_of, postorder, user_line
-from shmarray.handle import Handle, as_handle, register, wrap, wrap_stored
+from shmarray.handle import Handle, as_handle, register, value_of, wrap, wrap_stored
 from shmarray.ops import blocks, creation, elementwise, linalg, reductions, shaping
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
@@ -442,9 +443,7 @@ class Array(Handle):
 
     def astype(self, dtype: Any, order: str = "K", casting: str = "unsafe", subok: bool = True, copy: bool = True) -> Array:
         """Return the array with another dtype."""
-        cast: Array = elementwise.astype(self, dtype, casting=casting)
-        if cast is self and copy:
-            return wrap(self.node, self.chunks)  # type: ignore[no-any-return]
+        cast: Array = elementwise.astype(self, dtype, casting=casting, copy=copy)
         return cast
 
     def transpose(self, *axes: Any) -> Array:
@@ -461,20 +460,20 @@ class Array(Handle):
 
     def flatten(self, order: str = "C") -> Array:
         """Return the elements in C order along one axis."""
-        return shaping.ravel(self, order)  # type: ignore[no-any-return]
+        return value_of(shaping.ravel(self, order))  # type: ignore[no-any-return]
 
     def clip(self, min: Any = None, max: Any = None, out: Any = None) -> Any:
         """Return the array limited to [``min``, ``max``]."""
         result = elementwise.clip(self, min, max)
         return result if out is None else _write_out(result, out, np.positive, "same_kind")
 
-    def round(self, decimals: int = 0) -> Array:
+    def round(self, decimals: int = 0, out: Any = None) -> Any:
         """Return the array rounded to ``decimals`` places."""
-        return elementwise.round(self, decimals)  # type: ignore[no-any-return]
+        return elementwise.round(self, decimals, out)
 
     def conj(self) -> Array:
-        """Return the complex conjugate."""
-        return elementwise.apply("conjugate", self)  # type: ignore[no-any-return]
+        """Return the complex conjugate: of real numbers this array itself, as in NumPy."""
+        return self if self.dtype.kind != "c" else elementwise.apply("conjugate", self)
 
     conjugate = conj
 
@@ -489,13 +488,15 @@ class Array(Handle):
 
 def _delegate(module: Any, names: str) -> None:
     for name in names.split():
-        function = getattr(module, name)
+        setattr(Array, name, _method_of(name, getattr(module, name)))
 
-        def method(self: Any, *args: Any, _function: Callable[..., Any] = function, **kwargs: Any) -> Any:
-            return _function(self, *args, **kwargs)
 
-        method.__name__, method.__qualname__, method.__doc__ = name, f"Array.{name}", function.__doc__
-        setattr(Array, name, method)
+def _method_of(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    method.__name__, method.__qualname__, method.__doc__ = name, f"Array.{name}", function.__doc__
+    return method
 
 
 _delegate(reductions, "sum prod mean std var min max any all argmin argmax cumsum cumprod ptp")
@@ -506,31 +507,19 @@ def _operators() -> None:
     binary = {
         "add": "add", "sub": "subtract", "mul": "multiply", "truediv": "divide", "floordiv": "floor_divide", "mod": "remainder",
         "pow": "power", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "left_shift", "rshift": "right_shift",
-        "divmod": "divmod", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal",
+        "divmod": "divmod", "lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal",
     }  # fmt: skip
     for short, name in binary.items():
-
-        def forward(self: Any, other: Any, _name: str = name) -> Any:
-            return elementwise.apply(_name, self, other) if _is_operand(other) else NotImplemented
-
-        def backward(self: Any, other: Any, _name: str = name) -> Any:
-            return elementwise.apply(_name, other, self) if _is_operand(other) else NotImplemented
-
-        def in_place(self: Any, other: Any, _name: str = name) -> Any:
-            if not _is_operand(other):
-                return NotImplemented
-            # Live: what is updated is read under the locks of the write, so that two threads that add are both counted.
-            mine = self if self._storage is None else self.live
-            _write_out(elementwise.apply(_name, mine, other), self, getattr(np, _name), "same_kind")
-            return self
-
+        forward, backward, in_place = _binary_operator(name)
         setattr(Array, f"__{short}__", forward)
-        if short not in ("lt", "le", "gt", "ge", "eq", "ne"):
+        if short not in ("lt", "le", "gt", "ge"):
             setattr(Array, f"__r{short}__", backward)
             if short != "divmod":
                 setattr(Array, f"__i{short}__", in_place)
     for short, name in {"neg": "negative", "pos": "positive", "abs": "absolute", "invert": "invert"}.items():
-        setattr(Array, f"__{short}__", lambda self, _name=name: elementwise.apply(_name, self))
+        setattr(Array, f"__{short}__", _unary_operator(name))
+    for short, name in {"eq": "equal", "ne": "not_equal"}.items():
+        setattr(Array, f"__{short}__", _equality(name))
 
     def multiply(self: Any, other: Any) -> Any:
         return linalg.matmul(self, other) if _is_operand(other) else NotImplemented
@@ -547,13 +536,58 @@ def _operators() -> None:
     Array.__hash__ = None  # type: ignore[assignment]  # equality is elementwise, as for ndarray
 
 
+def _binary_operator(name: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    def forward(self: Any, other: Any) -> Any:
+        return elementwise.apply(name, self, other) if _is_operand(other) else NotImplemented
+
+    def backward(self: Any, other: Any) -> Any:
+        return elementwise.apply(name, other, self) if _is_operand(other) else NotImplemented
+
+    def in_place(self: Any, other: Any) -> Any:
+        if not _is_operand(other):
+            return NotImplemented
+        # Live: what is updated is read under the locks of the write, so that two threads that add are both counted.
+        mine = self if self._storage is None else self.live
+        _write_out(elementwise.apply(name, mine, other), self, getattr(np, name), "same_kind")
+        return self
+
+    return forward, backward, in_place
+
+
+def _unary_operator(name: str) -> Callable[[Any], Any]:
+    return lambda self: elementwise.apply(name, self)
+
+
+def _equality(name: str) -> Callable[[Any, Any], Any]:
+    """``==`` or ``!=``: elements that cannot be compared, such as numbers and strings, differ, as in NumPy; None differs from all."""
+
+    def compare(self: Any, other: Any) -> Any:
+        if _is_operand(other):
+            try:
+                return elementwise.apply(name, self, other)
+            except np._core._exceptions._UFuncNoLoopError:  # type: ignore[attr-defined]  # NumPy's own comparison catches the same
+                theirs = as_handle(other)
+                if "V" in (self.dtype.kind, theirs.dtype.kind):
+                    raise  # records, which NumPy compares field by field
+                shape = broadcast_shape(self.shape, theirs.shape)
+                return creation.full(shape, name == "not_equal", chunks=self.chunks if shape == self.shape else "auto")
+        if other is None:
+            return creation.full(self.shape, name == "not_equal", chunks=self.chunks)
+        answer = getattr(type(other), "__eq__" if name == "equal" else "__ne__")(other, self)
+        if answer is NotImplemented:  # Python would go on to compare identities, and give one bool for all
+            raise TypeError(f"an array cannot be compared with {type(other).__name__}: {other!r}"[:300])
+        return answer
+
+    return compare
+
+
 _operators()
 register(Array)
 
 
 def _is_operand(value: Any) -> bool:
     """Whether a value can stand in an expression; others get their say through ``NotImplemented``."""
-    if isinstance(value, (Handle, np.ndarray, np.generic, bool, int, float, complex, list, tuple)):
+    if isinstance(value, (Handle, np.ndarray, np.generic, bool, int, float, complex, str, bytes, list, tuple)):
         return True
     return hasattr(value, "__array__") and not hasattr(type(value), "__array_ufunc__")
 
@@ -594,20 +628,35 @@ def _fallback(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             return as_handle(value)
         return tuple(lift(v) for v in value) if type(value) is tuple else value
 
+    # An out= given by position gets its name.
+    parameters = () if isinstance(func, np.ufunc) else _signature(func).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    place = names.index("out") if "out" in names else len(args)
+    args, kwargs = args[:place], {**kwargs, **dict(zip(names[place:], args[place:], strict=False))}
     outs = kwargs.get("out")
     single = outs if not isinstance(outs, tuple) else outs[0]
     if isinstance(single, Array):
         rest = {k: v for k, v in kwargs.items() if k != "out"}
         return _write_out(as_handle(_fallback(func, args, rest)), single, np.positive, "same_kind")
-    return lift(func(*lower(tuple(args)), **{k: lower(v) for k, v in kwargs.items()}))
+    result = func(*lower(tuple(args)), **{k: lower(v) for k, v in kwargs.items()})
+    return result if isinstance(single, np.ndarray) and result is single else lift(result)
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # written in C, and silent about it
+        return _ANY_SIGNATURE
+
+
+_ANY_SIGNATURE = inspect.signature(lambda *args, **kwargs: None)
 
 
 def _takes(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     """Whether a function of ours knows these arguments; what NumPy alone knows (``correction=``) is one call of NumPy."""
-    if not kwargs:
-        return True
     try:
-        inspect.signature(function).bind(*args, **kwargs)
+        _signature(function).bind(*args, **kwargs)
     except TypeError:
         return False
     return True

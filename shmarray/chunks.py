@@ -27,8 +27,9 @@ def normalize_chunks(chunks: Any = "auto", shape: Sequence[int] = (), dtype: Any
     """Return the sizes of the chunks along each axis, which tile ``shape``.
 
     ``chunks`` is ``"auto"`` (contiguous slabs of about ``config.chunk_size`` bytes, by shape and dtype alone), a byte string
-    such as ``"16MiB"``, an int for every axis, a tuple with one entry per axis (an int, a tuple of sizes, -1 or None for the
-    whole axis, ``"auto"`` or a byte string), or a dict from axes to such entries (axes left out keep ``previous``, or the whole axis).
+    such as ``"16MiB"``, an int for every axis, a tuple with one entry per axis (an int, a tuple of sizes, -1 for the
+    whole axis, None for ``previous`` or else the whole axis, ``"auto"`` or a byte string), or a dict from axes to such entries (axes
+    left out: None).
 
     Raises ChunkError (a ValueError) when sizes do not add up to the shape, and for a wrong number of axes.
 
@@ -44,7 +45,7 @@ def normalize_chunks(chunks: Any = "auto", shape: Sequence[int] = (), dtype: Any
         unknown = [k for k in given if not 0 <= k < len(shape)]
         if unknown:
             raise ChunkError(f"chunks {chunks!r} name axis {unknown[0]}, but the array has {len(shape)} dimensions")
-        chunks = tuple(given.get(k, previous[k] if previous is not None else -1) for k in range(len(shape)))
+        chunks = tuple(given.get(k) for k in range(len(shape)))
     elif isinstance(chunks, (str, int, float, np.integer)):
         chunks = (chunks,) * len(shape)
     elif len(shape) == 1 and len(chunks) != 1 and all(isinstance(c, (int, np.integer)) for c in chunks):
@@ -52,6 +53,8 @@ def normalize_chunks(chunks: Any = "auto", shape: Sequence[int] = (), dtype: Any
     chunks = tuple(chunks)
     if len(chunks) != len(shape):
         raise ChunkError(f"chunks {chunks!r} have {len(chunks)} entries; shape {shape} has {len(shape)} dimensions")
+    if previous is not None:
+        chunks = tuple(old if c is None else c for c, old in zip(chunks, previous, strict=True))
     limit = config.chunk_size
     texts = {parse_bytes(c) for c in chunks if isinstance(c, str) and c != "auto"}
     if len(texts) > 1:

@@ -35,6 +35,7 @@ from shmarray.storage import Layout, Storage
 __all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
 
 NDArray = np.ndarray[Any, Any]
+MOST_TASKS_LOOKED_AT = 10_000  # beyond, an interrupted update makes all of its target suspect
 _log = logging.getLogger("shmarray")
 
 _configured: tuple[Any, ...] = (None, None, None)  # what the default pool is made with; any thread may set it to what it sees
@@ -109,7 +110,12 @@ def new_stored(values: NDArray, chunks: Chunks) -> Any:
     if values.nbytes < 1 << 22:
         np.copyto(storage.array(storage.layout), values)
     else:
-        run([in_memory(values)], [Target(values.shape, values.dtype, storage=storage, layout=storage.layout, is_new=True)], None, storage.pool)
+        run(
+            [in_memory(values)],
+            [Target(values.shape, values.dtype, storage=storage, layout=storage.layout, is_new=True)],
+            None,
+            storage.pool,
+        )
     return wrap_stored(storage, storage.layout, chunks)
 
 
@@ -186,7 +192,7 @@ def _run_plan(
             report, plan = _run_staged(pairs, scheduler, pool)
     except BaseException as error:
         for storage, layout in written:
-            _tear(storage, layout, plan, error)
+            _tear(storage, layout, pool, plan, error)
         raise
     return report
 
@@ -223,19 +229,41 @@ def _run_staged(pairs: list[tuple[Expr, Target]], scheduler: str | None, pool: P
     return report, plan
 
 
-def _tear(storage: Storage, layout: Layout, plan: Plan, error: BaseException) -> None:
-    """Mark what tasks that read their own target may have left half done."""
-    begun = [(error.layer, task, task + 1) for task in error.tasks] if isinstance(error, TornChunkError) else []
-    for layer, start, stop in (*begun, *getattr(error, "unfinished", ())):
-        kernel = plan.layers[layer].kernel
-        if plan.layers[layer].retry or not isinstance(kernel, MapKernel):
+def _tear(storage: Storage, layout: Layout, pool: Pool, plan: Plan, error: BaseException) -> None:
+    """Mark the cells of a target that are partly written: what was begun there, or of which some tiles are done and some not.
+
+    Cells that are all old or all new stay good, though the array as a whole is neither.
+    """
+    address, _ = storage.address(pool)
+    for number, layer in enumerate(plan.layers):
+        kernel = layer.kernel
+        if not isinstance(kernel, MapKernel) or builtins.all(plan.buffers[b].address != address for b in layer.writes):
+            continue
+        half = [(start, stop) for n, start, stop in getattr(error, "unfinished", ()) if n == number]
+        if isinstance(error, TornChunkError) and error.layer == number:
+            half.extend((task, task + 1) for task in error.tasks)
+        done = [(start, stop) for n, start, stop in getattr(error, "finished", ()) if n == number]
+        whole = [(0, layer.ntasks)]
+        if not half and (not done or done == whole):
+            continue
+        if layer.ntasks > MOST_TASKS_LOOKED_AT:
+            storage.tear(layout, f"{layer.name} was interrupted in the middle of an update.")
             continue
         out = kernel.program.stores[0]
-        for task in range(start, stop):
+        is_done = np.zeros(layer.ntasks, bool)
+        for start, stop in done:
+            is_done[start:stop] = True
+        new: set[int] = set()
+        old: set[int] = set()
+        for task in range(layer.ntasks):
             box = kernel.grid.box(task)
             offset = out.offset + sum(piece.start * stride for piece, stride in zip(box, out.strides, strict=True))
             part = Layout(offset, tuple(piece.stop - piece.start for piece in box), out.strides, out.dtype)
-            storage.tear(part, f"{plan.layers[layer].describe(task)} was interrupted in the middle of an update.")
+            cells = {cell for start, stop in storage.touched_cells(part) for cell in range(start, stop)}
+            (new if is_done[task] else old).update(cells)
+            if builtins.any(start <= task < stop for start, stop in half):
+                storage.tear(part, f"{layer.describe(task)} of {layer.name!r} was interrupted in the middle of an update.")
+        storage.tear_cells(new & old, f"{layer.name!r} was interrupted in the middle of an update.")
 
 
 def _where(node: Stored) -> Layout:
@@ -249,8 +277,9 @@ def _check_inputs(stored: Iterable[Stored], readers: dict[Expr, Expr]) -> None:
         if node.version is not None:
             line = node.storage.changed_since(node.version, layout)
             if line is not None:
+                built = line_of(readers.get(node, node)) or "an unknown line"
                 raise ChangedInput(
-                    f"the stored array of shape {node.shape} that an expression built at {line_of(readers.get(node, node)) or 'an unknown line'} reads "
+                    f"the stored array of shape {node.shape} that an expression built at {built} reads "
                     f"was written at {line} before the expression was computed. Compute or persist() the expression before the "
                     f"write, build it on x.copy(), or on x.live if it is meant to read whatever is there."
                 )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextvars
 import os
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from scheduler import executors
 from scheduler.limits import parse_bytes
 
 __all__ = ["Config", "config"]
@@ -37,13 +39,20 @@ def _text(value: Any) -> str:
     return str(os.fspath(value))
 
 
+def _scheduler(value: Any) -> str:
+    known = sorted(module.name for module in pkgutil.iter_modules(executors.__path__))
+    if value not in known:
+        raise ValueError(f"scheduler {value!r} is not known; there are {', '.join(map(repr, known))}")
+    return str(value)
+
+
 _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         "workers": _positive,
         "memory_limit": _nbytes,
         "spill_directory": _text,
         "chunk_size": _nbytes,
-        "scheduler": _text,
+        "scheduler": _scheduler,
     }
 )
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(

@@ -17,7 +17,7 @@ from shmarray.dtypes import checked_dtype
 from shmarray.expr import Expr, Held, InMemory, Stored, make
 from shmarray.storage import Layout, Storage
 
-__all__ = ["Handle", "as_handle", "as_node", "register", "wrap", "wrap_stored"]
+__all__ = ["Handle", "as_handle", "as_node", "in_memory", "refuse_masked", "register", "value_of", "wrap", "wrap_stored"]
 
 _factory: list[type[Handle]] = []
 _held: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
@@ -87,12 +87,23 @@ def wrap_stored(storage: Storage, layout: Layout, chunks: Chunks | None = None, 
     return handle
 
 
+def value_of(x: Handle) -> Any:
+    """Return an `Array` of the values ``x`` has now, on a handle of its own: what is done to it in place does not reach ``x``."""
+    return wrap(x.node, x.chunks)
+
+
 def in_memory(array: np.ndarray[Any, Any]) -> InMemory:
     """Return the node of a NumPy array, read where it lies."""
     held = _held.get(id(array))
     if held is None or held.array is not array:
         held = _held[id(array)] = Held(array)
     return make(InMemory, array.shape, array.dtype, held)
+
+
+def refuse_masked(value: Any, what: str = "operand") -> None:
+    """Raise TypeError for a masked array: its mask would be dropped in silence."""
+    if type(value) is not np.ndarray and isinstance(value, np.ndarray) and hasattr(value, "filled"):
+        raise TypeError(f"{what} is a masked array, whose mask would be lost: give m.filled(value), or np.asarray(m)")
 
 
 def as_node(value: Any, what: str = "operand") -> Expr | Any:
@@ -103,6 +114,7 @@ def as_node(value: Any, what: str = "operand") -> Expr | Any:
         if isinstance(value, np.generic):
             checked_dtype(value.dtype, what)
         return value
+    refuse_masked(value, what)
     array = np.asarray(value)
     try:
         checked_dtype(array.dtype, what)

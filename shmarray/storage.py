@@ -13,6 +13,7 @@ import math
 import threading
 import weakref
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,8 +195,12 @@ class Storage:
     def tear(self, layout: Layout, why: str) -> None:
         """Mark the cells of ``layout`` as half written."""
         for start, stop in self.touched_cells(layout):
-            for cell in range(start, stop):
-                self.torn[cell] = why
+            self.tear_cells(range(start, stop), why)
+
+    def tear_cells(self, cells: Iterable[int], why: str) -> None:
+        """Mark cells, by number, as half written."""
+        for cell in cells:
+            self.torn[cell] = why
 
     def mend(self, layout: Layout) -> None:
         """Forget torn marks of the cells that a whole overwrite of ``layout`` has filled."""

@@ -51,6 +51,7 @@ DOORS = {
     "scheduler.task": {"array", "compute", "plan", "storage", "kernels.numpy", "kernels.reduce", "kernels.scan"},
     "scheduler.run": {"__init__", "compute", "plan", "storage"},
     "scheduler.errors": {"compute", "errors"},
+    "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {"array", "chunks", "config"},
     "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan"},
     "scheduler.locks": {"array", "storage"},

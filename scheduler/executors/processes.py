@@ -41,7 +41,7 @@ def pickle_kernels(layers: Iterable[Layer]) -> dict[int, tuple[bytes, bytes]]:
             built = f" built at {layer.line}" if layer.line else ""
             error.add_note(
                 f"while pickling the function of {layer.name!r}{built} for the worker processes: {_culprit(layer.kernel)} cannot "
-                f"be pickled. Make it inside the function, or use executor='threads'."
+                f"be pickled. Make it inside the function, or use scheduler='threads'."
             )
             raise
         kernels[index] = digest_of(blob), blob

@@ -53,7 +53,10 @@ def run(pool: Host, plan: Plan) -> Report:
                         case StopPlan():
                             running.is_stopping = True
             if failure is not None:
-                raise_failure(plan, failure)
+                try:
+                    raise_failure(plan, failure)
+                finally:
+                    del failure, commands, command
             events.append(lane.run(running, ranges.popleft(), interruptible=True))
     finally:
         running.close()

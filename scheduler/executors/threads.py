@@ -23,6 +23,7 @@ from scheduler.running import (
     raise_failure,
     set_inline,
     start_thread,
+    tell_ranges,
 )
 from scheduler.state import (
     DRIVER_LANE,
@@ -65,12 +66,15 @@ def run(pool: Host, plan: Plan) -> Report:
             crew.dismiss()
             running.close()
         elif crew.done.wait(GIVE_UP_AFTER_S) and crew.failure is not None:
-            error.unfinished = list(crew.failure.unfinished)  # type: ignore[attr-defined]  # see scheduler.run.Pool.run
+            tell_ranges(error, crew.failure)
         raise
     for thread in threads:
         thread.join()
     if crew.failure is not None:
-        raise_failure(plan, crew.failure)
+        try:
+            raise_failure(plan, crew.failure)
+        finally:
+            crew.failure = None
     return running.report()
 
 

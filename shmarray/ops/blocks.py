@@ -22,7 +22,7 @@ from shmarray.errors import ChunkError
 from shmarray.expr import Block, BlockOperation, make
 from shmarray.handle import Handle, wrap
 from shmarray.ops.shaping import getitem
-from shmarray.region import Box
+from shmarray.region import Box, axis_tuple
 
 __all__ = ["BlockView", "map_blocks"]
 
@@ -145,12 +145,13 @@ def map_blocks(
         raise ValueError("map_blocks without an array among its arguments needs chunks=")
     ndim = max((a.ndim for a in arrays), default=0)
     drops = sorted({int(k) % max(1, ndim) for k in (drop_axis if isinstance(drop_axis, (tuple, list)) else (drop_axis,))})
-    news = [] if new_axis is None else sorted(int(k) for k in (new_axis if isinstance(new_axis, (tuple, list)) else (new_axis,)))
     grid = _common_grid(arrays, ndim)
     for k in drops:
         if len(grid[k]) > 1:
             raise ChunkError(f"map_blocks(drop_axis={drop_axis}): axis {k} has {len(grid[k])} chunks; rechunk it to one first")
     kept = [k for k in range(ndim) if k not in drops]
+    added = () if new_axis is None else tuple(new_axis) if isinstance(new_axis, (tuple, list)) else (new_axis,)
+    news = sorted(axis_tuple(added, len(kept) + len(added)))
     origin: list[int | None] = list(kept)
     for k in news:
         origin.insert(k, None)

@@ -16,8 +16,8 @@ from shmarray.chunks import Chunks, normalize_chunks
 from shmarray.compute import new_stored
 from shmarray.dtypes import checked_dtype
 from shmarray.expr import Block, BlockOperation, Expr, Fill, FillOperation, Foreign, View, exact, make
-from shmarray.handle import Handle, as_handle, as_node, in_memory, wrap
-from shmarray.ops.elementwise import astype
+from shmarray.handle import Handle, as_handle, as_node, in_memory, refuse_masked, value_of, wrap
+from shmarray.ops.elementwise import cast
 from shmarray.ops.shaping import broadcast_to, stack
 from shmarray.region import Box, IndexMap
 
@@ -108,7 +108,7 @@ def full(shape: Any, fill_value: Any, dtype: Any = None, order: str = "C", *, ch
         if value.shape:
             whole = _shape(shape)
             spread = broadcast_to(as_handle(fill_value), whole).rechunk(normalize_chunks(chunks, whole, value.dtype))
-            return spread if dtype is None else astype(spread, dtype)
+            return value_of(spread if dtype is None else cast(spread, dtype))
         value = as_handle(fill_value).compute()
     return _constant(shape, value, np.asarray(value).dtype if dtype is None else dtype, chunks, "full")
 
@@ -315,7 +315,7 @@ def asarray(a: Any, dtype: Any = None, *, chunks: Any = None, copy: bool | None 
     else:
         x = as_handle(a)
     if dtype is not None:
-        x = astype(x, dtype)
+        x = cast(x, dtype)
     return x if chunks is None else x.rechunk(chunks)
 
 
@@ -336,7 +336,10 @@ def array(a: Any, dtype: Any = None, *, copy: bool = True, chunks: Any = None, n
     elif isinstance(a, Handle) or (_is_source(a) and not isinstance(a, np.ndarray)):
         x = asarray(a, dtype, chunks=chunks).copy()
     else:
-        values = np.asarray(a, dtype=None if dtype is None else checked_dtype(dtype))
+        refuse_masked(a, "the source")
+        if dtype is not None:
+            checked_dtype(dtype)
+        values = np.asarray(a, dtype=dtype)
         checked_dtype(values.dtype, f"{type(a).__name__} {a!r}"[:80])
         x = new_stored(values, normalize_chunks("auto" if chunks is None else chunks, values.shape, values.dtype))
     while x.ndim < ndmin:
@@ -357,6 +360,7 @@ def from_array(x: Any, chunks: Any = "auto", name: Any = None, lock: Any = None,
     if isinstance(x, Handle):
         return as_handle(x).rechunk(chunks)
     if isinstance(x, (np.ndarray, np.generic)) or not _is_source(x):
+        refuse_masked(x, "the source")
         values = np.asarray(x)
         checked_dtype(values.dtype, f"{type(x).__name__}")
         node: Expr = in_memory(values)

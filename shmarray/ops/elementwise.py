@@ -6,6 +6,7 @@ To add an operation, add a row to ``ops/table.py``: its function appears here by
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from shmarray.chunks import broadcast_chunks
-from shmarray.dtypes import checked_dtype, result_dtypes
+from shmarray.dtypes import cast_dtype, checked_dtype, result_dtypes
 from shmarray.expr import Elementwise, Expr, exact, make
-from shmarray.handle import Handle, as_handle, as_node, wrap
+from shmarray.handle import Handle, as_handle, as_node, value_of, wrap
 from shmarray.ops.table import ROWS, row_for
 from shmarray.region import broadcast_shape
 
@@ -27,6 +28,9 @@ _DEFAULT_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "inval
 def apply(name: str, *args: Any, **params: Any) -> Any:
     """Return row ``name`` of array-likes and scalars: an `Array`, or a tuple of them where the row has several outputs."""
     row = row_for(name)
+    for a in args:
+        if isinstance(a, np.matrix):
+            raise TypeError(f"operand of {name} is a np.matrix, whose operators mean other things than an array's: give np.asarray(m)")
     nodes = [as_node(a, f"operand of {name}") for a in args]
     shape = broadcast_shape(*(n.shape for n in nodes if isinstance(n, Expr)))
     if "dtype" in params:
@@ -65,9 +69,19 @@ def _inferred(call: _Call) -> tuple[np.dtype[Any], ...]:
 
 
 def astype(x: Any, dtype: Any, *, casting: str = "unsafe", copy: bool = True) -> Any:
-    """Return ``x`` with another dtype. Raises TypeError when ``casting`` forbids it, as NumPy does."""
+    """Return ``x`` with another dtype; ``copy=False``: ``x`` itself when it has that dtype.
+
+    Raises TypeError when ``casting`` forbids it, as NumPy does.
+    """
     x = as_handle(x)
-    dtype = checked_dtype(dtype)
+    result = cast(x, dtype, casting)
+    return value_of(x) if copy and result is x else result
+
+
+def cast(x: Any, dtype: Any, casting: str = "unsafe") -> Any:
+    """Return ``x`` with another dtype; ``x`` itself when it has that dtype."""
+    x = as_handle(x)
+    dtype = cast_dtype(x.dtype, dtype)
     if not np.can_cast(x.dtype, dtype, casting=casting):  # type: ignore[arg-type]
         raise TypeError(f"Cannot cast array data from {x.dtype!r} to {dtype!r} according to the rule {casting!r}")
     if dtype == x.dtype:
@@ -89,21 +103,21 @@ def where(condition: Any, x: Any = None, y: Any = None, /) -> Any:
     return apply("where", condition, x, y)
 
 
-def clip(a: Any, a_min: Any = None, a_max: Any = None, *, min: Any = None, max: Any = None) -> Any:
+def clip(a: Any, a_min: Any = None, a_max: Any = None, out: Any = None, *, min: Any = None, max: Any = None) -> Any:
     """Return ``a`` limited to [``a_min``, ``a_max``]; either may be None. ``min=`` and ``max=`` are accepted as well."""
     a_min, a_max = a_min if min is None else min, a_max if max is None else max
     if a_min is None and a_max is None:
-        return as_handle(a)
+        return _into(value_of(as_handle(a)), out)
     if a_min is None:
-        return apply("minimum", a, a_max)
+        return _into(apply("minimum", a, a_max), out)
     if a_max is None:
-        return apply("maximum", a, a_min)
-    return apply("clip", a, a_min, a_max)
+        return _into(apply("maximum", a, a_min), out)
+    return _into(apply("clip", a, a_min, a_max), out)
 
 
-def round(a: Any, decimals: int = 0) -> Any:
+def round(a: Any, decimals: int = 0, out: Any = None) -> Any:
     """Return ``a`` rounded to ``decimals`` places, halves to even."""
-    return apply("round", a, decimals=int(decimals))
+    return _into(apply("round", a, decimals=int(decimals)), out)
 
 
 def isclose(a: Any, b: Any, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False) -> Any:
@@ -121,21 +135,36 @@ def real_if_close(a: Any) -> Any:
     return as_handle(a)
 
 
+def _into(result: Any, out: Any) -> Any:
+    """Return ``out``, a stored array or a NumPy array, with the result written into it; the result itself without one."""
+    if isinstance(out, tuple):
+        (out,) = out
+    if out is None:
+        return result
+    if not isinstance(out, (Handle, np.ndarray)):
+        raise TypeError(f"return arrays must be of ArrayType: out= is {type(out).__name__}")
+    if not np.can_cast(result.dtype, out.dtype, casting="same_kind"):
+        raise TypeError(f"Cannot cast output from {result.dtype!r} to {out.dtype!r} with casting rule 'same_kind'")
+    target: Any = out
+    target[...] = result if isinstance(out, Handle) else result.compute()
+    return out
+
+
 def _function(name: str) -> Callable[..., Any]:
     row = ROWS[name]
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        if len(args) != row.nin and not kwargs:
-            raise TypeError(f"{name}() takes {row.nin} positional argument{'s' * (row.nin != 1)} but {len(args)} were given")
-        if isinstance(row.numpy, np.ufunc) and kwargs:
-            first = as_handle(args[0]) if args and not any(isinstance(a, Handle) for a in args) else None
-            return row.numpy(*((first, *args[1:]) if first is not None else args), **kwargs)
-        out = kwargs.pop("out", None)
-        result = apply(name, *args, **kwargs)
-        if out is None:
-            return result
-        out[...] = result
-        return out
+        if len(args) == row.nin and not kwargs:
+            return apply(name, *args)
+        if isinstance(row.numpy, np.ufunc):
+            if len(args) < row.nin:
+                raise TypeError(f"{name}() takes {row.nin} positional argument{'s' * (row.nin != 1)} but {len(args)} were given")
+            first = as_handle(args[0]) if not any(isinstance(a, Handle) for a in args) else args[0]
+            return row.numpy(first, *args[1:], **kwargs)
+        params = inspect.signature(row.numpy).bind(*args, **kwargs).arguments
+        operands = [params.pop(k) for k in list(inspect.signature(row.numpy).parameters)[: row.nin]]
+        out = params.pop("out", None)
+        return _into(apply(name, *operands, **params), out)
 
     own = (row.numpy.__doc__ or "").strip().split("\n\n")
     summary = next((p for p in own if p and not p.startswith(name + "(")), f"{name}, element by element.")

@@ -17,11 +17,12 @@ from shmarray.expr import Block, BlockOperation, make
 from shmarray.handle import as_handle, wrap
 from shmarray.ops.creation import zeros
 from shmarray.ops.elementwise import apply
+from shmarray.ops.reductions import any as _any
 from shmarray.ops.reductions import sum as _sum
 from shmarray.ops.shaping import moveaxis, reshape, transpose
 from shmarray.region import Box, broadcast_shape
 
-__all__ = ["dot", "inner", "matmul", "outer", "tensordot", "vdot"]
+__all__ = ["dot", "inner", "matmul", "matvec", "outer", "tensordot", "vdot", "vecdot", "vecmat"]
 
 EDGE_ITEMS = 512  # rows and columns of a tile: large enough for BLAS, small enough for many tasks
 SPLIT_ITEMS = 1 << 16  # of the summed axis, where the result is small and that axis long
@@ -202,7 +203,7 @@ def dot(a: Any, b: Any, out: Any = None) -> Any:
 def vdot(a: Any, b: Any) -> Any:
     """Return the dot product of two flattened arrays, the first one conjugated."""
     x, y = reshape(as_handle(a), -1), reshape(as_handle(b), -1)
-    return dot(apply("conjugate", x) if x.dtype.kind == "c" else x, y)
+    return dot(_conjugate(x), y)
 
 
 def inner(a: Any, b: Any) -> Any:
@@ -237,3 +238,48 @@ def tensordot(a: Any, b: Any, axes: Any = 2) -> Any:
     rows = reshape(transpose(x, left + ours), (math.prod(x.shape[k] for k in left), n))
     columns = reshape(transpose(y, theirs + right), (n, math.prod(y.shape[k] for k in right)))
     return reshape(matmul(rows, columns), tuple(x.shape[k] for k in left) + tuple(y.shape[k] for k in right))
+
+
+def vecdot(x1: Any, x2: Any, /, *, axis: int = -1) -> Any:
+    """Return the dot products of the vectors along ``axis``, those of ``x1`` conjugated."""
+    x, y = as_handle(x1), as_handle(x2)
+    _check_core("vecdot", x, y, 1, 1)
+    x, y = moveaxis(x, axis, -1), moveaxis(y, axis, -1)
+    _check_equal("vecdot", x.shape[-1], y.shape[-1], x, y)
+    dtype = np.result_type(x.dtype, y.dtype)
+    if dtype.kind == "b":
+        return _any(x & y, axis=-1)
+    return _sum(_conjugate(x) * y, axis=-1, dtype=dtype)
+
+
+def matvec(x1: Any, x2: Any, /) -> Any:
+    """Return the products of matrices ``x1`` (last two axes) and vectors ``x2`` (last axis)."""
+    x, y = as_handle(x1), as_handle(x2)
+    _check_core("matvec", x, y, 2, 1)
+    _check_equal("matvec", x.shape[-1], y.shape[-1], x, y)
+    if x.ndim == 2 and y.ndim > 1:
+        return matmul(y, transpose(x))
+    return matmul(x, y) if y.ndim == 1 else matmul(x, y[..., None])[..., 0]
+
+
+def vecmat(x1: Any, x2: Any, /) -> Any:
+    """Return the products of vectors ``x1`` (last axis), conjugated, and matrices ``x2`` (last two axes)."""
+    x, y = as_handle(x1), as_handle(x2)
+    _check_core("vecmat", x, y, 1, 2)
+    _check_equal("vecmat", x.shape[-1], y.shape[-2], x, y)
+    x = _conjugate(x)
+    return matmul(x, y) if x.ndim == 1 or y.ndim == 2 else matmul(x[..., None, :], y)[..., 0, :]
+
+
+def _conjugate(x: Any) -> Any:
+    return apply("conjugate", x) if x.dtype.kind == "c" else x
+
+
+def _check_core(name: str, x: Any, y: Any, first: int, second: int) -> None:
+    if x.ndim < first or y.ndim < second:
+        raise ValueError(f"{name}: operands of shapes {x.shape} and {y.shape} need at least {first} and {second} dimensions")
+
+
+def _check_equal(name: str, ours: int, theirs: int, x: Any, y: Any) -> None:
+    if ours != theirs:
+        raise ValueError(f"{name}: mismatch in the summed axis of shapes {x.shape} and {y.shape}: {ours} is different from {theirs}")

@@ -14,7 +14,7 @@ import numpy as np
 from shmarray.chunks import Chunks
 from shmarray.expr import Expr, Reduction, Scan, View, make
 from shmarray.handle import Handle, as_handle, in_memory, wrap
-from shmarray.ops.elementwise import apply, astype, where
+from shmarray.ops.elementwise import apply, cast, where
 from shmarray.ops.reductions_table import REDUCTIONS
 from shmarray.ops.shaping import broadcast_to, ravel
 from shmarray.region import IndexMap, axis_tuple
@@ -103,7 +103,7 @@ def _into(result: Any, out: Any) -> Any:
     if isinstance(out, tuple):
         (out,) = out
     target: Any = out
-    target[...] = astype(result, target.dtype) if isinstance(out, Handle) else result.compute()
+    target[...] = cast(result, target.dtype) if isinstance(out, Handle) else result.compute()
     return out
 
 
@@ -115,7 +115,7 @@ def _masked(x: Any, where_mask: Any, fill: Any) -> Any:
 
 
 def _with_initial(result: Any, ufunc: str, initial: Any) -> Any:
-    return result if initial is _NO_VALUE or initial is None else astype(apply(ufunc, result, initial), result.dtype)
+    return result if initial is _NO_VALUE or initial is None else cast(apply(ufunc, result, initial), result.dtype)
 
 
 def reduce_ufunc(
@@ -144,7 +144,7 @@ def reduce_ufunc(
     if x.size == 0 and initial is not _NO_VALUE:
         value = ufunc.reduce(np.empty(x.shape, x.dtype), axis=axis, dtype=dtype, keepdims=keepdims, initial=initial)
         return _into(as_handle(value), out)
-    given = x if dtype is None or name in ("add", "multiply") else astype(x, dtype)
+    given = x if dtype is None or name in ("add", "multiply") else cast(x, dtype)
     result = _reduce(
         name,
         given,
@@ -208,7 +208,7 @@ def ptp(a: Any, axis: Any = None, out: Any = None, keepdims: bool = False) -> An
 def count_nonzero(a: Any, axis: Any = None, *, keepdims: bool = False) -> Any:
     """Return how many elements over ``axis`` are not zero."""
     x = as_handle(a)
-    return sum(astype(x, bool) if x.dtype.kind not in "US" else x != "", axis, dtype=np.intp, keepdims=keepdims)
+    return sum(cast(x, bool) if x.dtype.kind not in "US" else x != x.dtype.type(), axis, dtype=np.intp, keepdims=keepdims)
 
 
 def mean(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: bool = False, *, where: Any = True) -> Any:
@@ -227,7 +227,7 @@ def mean(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims:
 
 
 def _count_where(x: Any, mask: Any, axis: Any, keepdims: bool) -> Any:
-    return sum(astype(broadcast_to(as_handle(mask), x.shape), np.intp), axis, keepdims=keepdims)
+    return sum(cast(broadcast_to(as_handle(mask), x.shape), np.intp), axis, keepdims=keepdims)
 
 
 def average(a: Any, axis: Any = None, weights: Any = None, keepdims: bool = False) -> Any:
@@ -257,7 +257,7 @@ def _spread(kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: 
         return _into(_masked_spread(kind, numpy_function, x, axis, dtype, ddof, keepdims, mask), out)
     result = _like(numpy_function, x, **({} if dtype is None else {"dtype": dtype}))
     if dtype is not None and (x.dtype.kind != "c" or np.dtype(dtype).kind == "c"):
-        x = astype(x, dtype)
+        x = cast(x, dtype)
     found = _reduce(kind, x, axis, result, keepdims, lambda v, axis: numpy_function(v, axis=axis, ddof=ddof, keepdims=True), ddof=ddof)
     return _into(found, out)
 
@@ -265,11 +265,11 @@ def _spread(kind: str, numpy_function: Any, a: Any, axis: Any, dtype: Any, out: 
 def _masked_spread(kind: str, numpy_function: Any, x: Any, axis: Any, dtype: Any, ddof: Any, keepdims: bool, mask: Any) -> Any:
     """Elements outside the mask count as NaN does in nanvar; NaN inside it still wins."""
     result = _like(numpy_function, x, **({} if dtype is None else {"dtype": dtype}))
-    x = x if _is_inexact(x) else astype(x, float)
+    x = x if _is_inexact(x) else cast(x, float)
     chosen = where(mask, x, x.dtype.type(np.nan))
     spread = (nanvar if kind == "var" else nanstd)(chosen, axis, ddof=ddof, keepdims=keepdims)
     spoilt = any(apply("logical_and", apply("isnan", x), mask), axis, keepdims=keepdims)
-    return astype(where(spoilt, spread.dtype.type(np.nan), spread), result)
+    return cast(where(spoilt, spread.dtype.type(np.nan), spread), result)
 
 
 def var(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, ddof: float = 0, keepdims: bool = False, *, where: Any = True) -> Any:
@@ -326,7 +326,7 @@ def nanmean(a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdi
     if where is not True:
         x = apply("where", where, x, x.dtype.type(np.nan))
     if dtype is not None:
-        x = astype(x, dtype)
+        x = cast(x, dtype)
     return _into(_reduce("nanmean", x, axis, x.dtype, keepdims, lambda v, axis: np.nanmean(v, axis=axis, keepdims=True)), out)
 
 
@@ -335,7 +335,7 @@ def _nanspread(
 ) -> Any:
     x = as_handle(a)
     if dtype is not None:
-        x = astype(x, dtype)
+        x = cast(x, dtype)
     if not _is_inexact(x):
         return plain(x, axis, None, out, ddof, keepdims, where=mask)
     if mask is not True:
@@ -394,7 +394,7 @@ def accumulate(ufunc: np.ufunc, a: Any, axis: int = 0, dtype: Any = None, out: A
         return _into(as_handle(ufunc.accumulate(x.compute(), axis=only, dtype=dtype)), out)
     result = _like(ufunc.accumulate, x, **({} if dtype is None else {"dtype": dtype}))
     if x.dtype != result and name not in ("add", "multiply"):
-        x = astype(x, result)
+        x = cast(x, result)
     return _into(wrap(make(Scan, x.shape, result, name, x.node, only), x.chunks), out)
 
 

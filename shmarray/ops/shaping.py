@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from shmarray.chunks import Chunks
+from shmarray.dtypes import cast_dtype
 from shmarray.expr import Assemble, Expr, Reshape, View, make
-from shmarray.handle import Handle, as_handle, wrap, wrap_stored
-from shmarray.ops.elementwise import astype
+from shmarray.handle import Handle, as_handle, value_of, wrap, wrap_stored
+from shmarray.ops.elementwise import cast
 from shmarray.region import IndexMap, axis_tuple, broadcast_shape, identity_map, index_map, reshape_strides, resolve_shape
 from shmarray.storage import Layout
 
@@ -97,7 +98,8 @@ def getitem(x: Any, key: Any) -> Any:
         return _fancy(x, key)
     if any(isinstance(p, (bool, np.bool_)) for p in parts):
         return _fancy(x, key)
-    return view_of(x, index_map(key, x.shape))
+    view = view_of(x, index_map(key, x.shape))
+    return value_of(view) if any(isinstance(p, np.ndarray) for p in parts) else view  # an index without axes: not a view, in NumPy
 
 
 def _fancy(x: Any, key: Any) -> Any:
@@ -109,7 +111,7 @@ def _fancy(x: Any, key: Any) -> Any:
 def setitem_node(base: Expr, key: Any, value: Any) -> Expr:
     """Return ``base`` with ``value`` at ``key``: the node that ``x[key] = value`` puts into the handle of an expression."""
     map = index_map(key, base.shape)
-    piece = astype(as_handle(value), base.dtype)
+    piece = cast(as_handle(value), base.dtype)
     _check_fits(piece.shape, map.shape)
     while piece.ndim > len(map.shape):
         piece = piece[0]
@@ -302,8 +304,9 @@ def concatenate(arrays: Any, axis: int | None = 0, out: Any = None, *, dtype: An
                     f"all the input array dimensions except for the concatenation axis must match exactly, but along dimension {a}, "
                     f"array 0 has size {first.shape[a]} and array {k} has size {part.shape[a]}"
                 )
-    kind = np.result_type(*(p.dtype for p in parts)) if dtype is None else np.dtype(dtype)
-    parts = [astype(p, kind, casting=casting) for p in parts]
+    kind = np.result_type(*(p.dtype for p in parts))
+    kind = kind if dtype is None else cast_dtype(kind, dtype)
+    parts = [cast(p, kind, casting) for p in parts]
     edges = [0, *itertools.accumulate(p.shape[only] for p in parts)]
     shape = tuple(edges[-1] if a == only else n for a, n in enumerate(first.shape))
     maps = [_place(p.shape, [edges[k] if a == only else 0 for a in range(first.ndim)]) for k, p in enumerate(parts)]
@@ -382,7 +385,7 @@ def roll(a: Any, shift: Any, axis: Any = None) -> Any:
     for combination in itertools.product(*pieces):
         part = getitem(x, tuple(c for c, _ in combination))
         parts.append((part, _place(part.shape, [at for _, at in combination])))
-    return parts[0][0] if len(parts) == 1 else _assemble(x.shape, x.dtype, parts, "roll", x.chunks)
+    return value_of(parts[0][0]) if len(parts) == 1 else _assemble(x.shape, x.dtype, parts, "roll", x.chunks)
 
 
 def take(a: Any, indices: Any, axis: int | None = None) -> Any:
@@ -392,5 +395,5 @@ def take(a: Any, indices: Any, axis: int | None = None) -> Any:
         x, axis = ravel(x), 0
     (only,) = axis_tuple(axis, x.ndim)
     if isinstance(indices, (int, np.integer)):
-        return getitem(x, (*(slice(None),) * only, int(indices)))
+        return value_of(getitem(x, (*(slice(None),) * only, int(indices))))
     return as_handle(np.take(np.asarray(x), np.asarray(indices), axis=only))

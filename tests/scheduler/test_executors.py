@@ -385,6 +385,15 @@ def test_plans_that_do_not_fit_together_wait_for_each_other(pool: Pool, executor
     assert sorted(done) == [0, 1, 2]
 
 
+def test_temporaries_count_as_they_were_rounded(pool: Pool, executor: str) -> None:
+    other = pool.allocate_temporary((33 << 20) + 1)  # 34 MiB are taken: none of them is stored
+    try:
+        plan = Plan(buffers=(Buffer(64 << 20),), layers=(Layer(name="fill", kernel=Over((0,), 10, fill), ntasks=10, writes=(0,)),))
+        pool.run(plan, executor)
+    finally:
+        pool.free_temporary(other)
+
+
 def test_an_allocation_beyond_the_budget_says_what_is_in_use(pool: Pool) -> None:
     with pytest.raises(MemoryBudgetError, match=r"100 MiB.*64 MiB"):
         pool.allocate(100 << 20)

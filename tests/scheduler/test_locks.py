@@ -802,3 +802,24 @@ def test_table_over_an_inherited_file_excludes_the_maker(locks: CellLocks) -> No
         done = subprocess.run(command, pass_fds=[fd], env=environment, capture_output=True, text=True, timeout=LONG_S)
     assert done.returncode == 0, done.stderr
     assert f"process {os.getpid()} holds" in done.stdout and done.stdout.endswith("free\n")
+
+
+def test_an_owner_that_goes_has_its_bytes_forgotten_quietly_even_while_held(locks: CellLocks) -> None:
+    class Owner:
+        pass
+
+    owners = [Owner(), Owner()]
+    bases = []
+    for extent, owner in enumerate(owners):
+        locks.forget_after(owner, extent)
+        locks.acquire(cells(0, 1, "w", extent), os_lock=True).release()
+        bases.append(locks.base(extent))
+    hold = locks.acquire(cells(0, 1, "w", 1), os_lock=True)
+    owners.clear()
+    del owner
+    gc.collect()
+    assert locks.base(10) == bases[0]  # the other still has a holder
+    assert locks.base(11) not in bases
+    hold.release()
+    assert locks.base(12) == bases[1]
+    locks.check()

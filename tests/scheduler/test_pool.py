@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import gc
 import os
 import select
@@ -12,6 +14,8 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from scheduler import pool as scheduler_pool
 from scheduler.errors import PoolClosed, TornChunkError, WorkerDied, WorkerStartError
 from scheduler.extents import Extent
 from scheduler.run import Pool
+from scheduler.state import DRIVER_LANE, RangeFinished
 from scheduler.task import ARENA, Address, Buffer, Context, Layer, Plan
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -166,6 +171,61 @@ def test_a_death_in_an_update_in_place_is_a_torn_chunk(pool: Pool) -> None:
     assert caught.value.tasks == (20,) and "chunk 20" in str(caught.value) and "SIGKILL" in str(caught.value)
     assert (0, 20, 21) in caught.value.unfinished  # type: ignore[attr-defined]
     assert array[-1] == 1  # never run again
+
+
+class Binding:
+    """Adds one to each item; ``bind`` does ``how`` the first time, as a word at the end tells."""
+
+    def __init__(self, length: int, how: Callable[[Any], None]) -> None:
+        self.length, self.how = length, how
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        array = context.memory.window(context.addresses[0], 0, (self.length,), (8,), INT)
+        array[-1] += 1
+        if array[-1] == 1:
+            self.how(array)
+        return lambda i: count(array, i)
+
+
+def test_a_death_while_binding_an_update_in_place_tears_nothing(pool: Pool) -> None:
+    _extent, buffer, array = stored(pool, 41)
+    layer = Layer(name="layer", kernel=Binding(41, kill), ntasks=40, writes=(0,), retry=False)
+    report = run(pool, Plan(buffers=(buffer,), layers=(layer,)))
+    assert (array[:40] == 1).all() and report.deaths == 1
+
+
+@pytest.mark.parametrize("executor", ["synchronous", "processes", "threads"])
+def test_a_bind_that_raises_leaves_nothing_unfinished(pool: Pool, executor: str) -> None:
+    _extent, buffer, _array = stored(pool, 41)
+
+    def fail(array: Any) -> None:
+        raise MemoryError("no scratch")
+
+    plan = Plan(buffers=(buffer,), layers=(Layer(name="layer", kernel=Binding(41, fail), ntasks=1, writes=(0,), retry=False),))
+    with pytest.raises(MemoryError) as caught:
+        pool.run(plan, executor)
+    assert caught.value.unfinished == []  # type: ignore[attr-defined]
+
+
+def test_a_warning_that_cannot_be_told_costs_no_worker(pool: Pool) -> None:
+    _extent, buffer, _array = stored(pool, 4)
+
+    class Mute(UserWarning):
+        is_mute = False
+
+        def __str__(self) -> str:
+            if self.is_mute:
+                raise RuntimeError("no")
+            return "careful"
+
+    def body(array: Any, i: int) -> None:
+        warning = Mute()
+        warnings.warn(warning, stacklevel=1)
+        warning.is_mute = True
+
+    report = run(pool, one_layer(buffer, body, 4))
+    assert report.deaths == 0
+    assert {(c, m) for c, m, _ in report.warnings} == {("UserWarning", "<Mute whose str fails>")}
 
 
 def test_workers_killed_from_outside_cost_nothing_but_time(pool: Pool) -> None:
@@ -315,6 +375,7 @@ def test_what_tasks_print_shows_up(tmp_path: Path) -> None:
 PROLOGUE = """
 import os, signal, sys, threading, time
 sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 import numpy as np
 from scheduler.errors import *
 from scheduler.run import Pool, default_pool
@@ -405,6 +466,58 @@ def test_ctrl_c_comes_within_a_second_and_the_pool_is_usable(tmp_path: Path, exe
     assert (out.stdout, out.stderr, out.returncode) == ("interrupted True\n100\n", "", 0)
 
 
+CTRL_C_ANYWHERE = """
+    import random
+    random.seed(7)
+    kernel = Over(100, count)
+    layer = Layer(name="layer", kernel=kernel, ntasks=4, writes=(0,), reads=(1,), place={place!r})
+    plan = Plan(buffers=(Buffer(800), buffer), layers=(layer,), locks=(LockRequest(1, 0, 9, "w"),))
+    pool.run(plan, {executor!r})
+    began = time.perf_counter()
+    for _ in range(20):
+        pool.run(plan, {executor!r})
+    usual = (time.perf_counter() - began) / 20
+    def press(*_):
+        if armed:
+            raise KeyboardInterrupt
+    armed = False
+    signal.signal(signal.SIGALRM, press)
+    hits = 0
+    for _ in range(1200):
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, max(2e-6, random.random() * usual))
+            pool.run(plan, {executor!r})
+            armed = False
+        except KeyboardInterrupt:
+            armed = False
+            hits += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    def elsewhere():
+        pool.run(plan, {executor!r})
+        with pool.locks.acquire(plan.locks, timeout=20):
+            pass
+        done.append(1)
+    done = []
+    thread = threading.Thread(target=elsewhere, daemon=True)
+    thread.start()
+    thread.join(30)
+    pool.check()
+    print(hits > 100, len(done), pool.locks.statistics().granted, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("executor", "place"), [("synchronous", "worker"), ("processes", "worker"), ("processes", "driver"), ("threads", "worker")]
+)
+def test_ctrl_c_at_any_instant_leaves_nothing_held(tmp_path: Path, executor: str, place: str) -> None:
+    out = script(tmp_path, CTRL_C_ANYWHERE.format(executor=executor, place=place))
+    assert (out.stdout, out.returncode) == ("True 1 0\n", 0), out.stderr
+    if executor != "threads":  # `threading` itself says that it ignored one
+        assert out.stderr == ""
+
+
 def test_ctrl_c_before_the_workers_are_there(tmp_path: Path) -> None:
     body = """
         threading.Timer(0.02, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -455,6 +568,33 @@ def test_workers_go_when_the_driver_is_gone(tmp_path: Path, state: str, end: str
 def test_the_exit_code_is_the_scripts_own(tmp_path: Path, end: str) -> None:
     out = script(tmp_path, f"pool.run(one_layer(buffer, count, 100), 'processes'); {end}")
     assert (out.stdout, out.stderr, out.returncode) == ("", "", 4)
+
+
+@pytest.mark.parametrize("executor", ["processes", "threads", "synchronous", None])
+def test_a_daemon_thread_at_work_does_not_disturb_the_exit(tmp_path: Path, executor: str | None) -> None:
+    body = f"""
+        class Owner:
+            pass
+        owner = Owner()
+        pool.locks.forget_after(owner, 3)
+        plan = one_layer(buffer, lambda a, i: (a.__setitem__(0, 1), time.sleep(0.2)), 9)
+        def work():
+            while True:
+                with pool.locks.acquire((LockRequest(3, 0, 9, "w"),)):
+                    if {executor!r}:
+                        pool.run(plan, {executor!r})
+                    else:
+                        array[0] = 1
+                        time.sleep(60)
+        threading.Thread(target=work, daemon=True).start()
+        while not array[0]:
+            time.sleep(0.005)
+        print(time.monotonic(), flush=True)
+        sys.exit(5)
+    """
+    out = script(tmp_path, body)
+    assert (out.stderr, out.returncode) == ("", 5)
+    assert time.monotonic() - float(out.stdout) < 2
 
 
 def test_a_forked_child_cannot_use_or_harm_the_pool(tmp_path: Path) -> None:
@@ -591,6 +731,109 @@ def test_fifty_pools_leave_no_descriptor_process_or_thread() -> None:
     for number in range(50):
         cycle(number % 10 == 0)
     assert held() == before
+
+
+def test_a_failure_leaves_no_circle_that_holds_the_plan(pool: Pool) -> None:
+    class Fails:
+        def bind(self, context: Context) -> Callable[[int], None]:
+            return lambda i: [][i]
+
+    gc.collect()
+    gc.disable()
+    try:
+        for executor in ("processes", "threads", "synchronous"):
+            kernel = Fails()
+            watch = weakref.ref(kernel)
+            plan = Plan(buffers=(), layers=(Layer(name="fails", kernel=kernel, ntasks=4),))
+            with contextlib.suppress(IndexError):
+                pool.run(plan, executor)
+            del plan, kernel
+            wait_until(lambda watch=watch: watch() is None, f"the end of the plan in {executor}", 5)  # type: ignore[misc]
+    finally:
+        gc.enable()
+
+
+def test_the_helper_thread_lets_go_of_what_it_had_bound(pool: Pool) -> None:
+    class Source:
+        def bind(self, context: Context) -> Callable[[int], None]:
+            return self.read
+
+        def read(self, i: int) -> None:
+            pass
+
+    source = Source()
+    watch = weakref.ref(source)
+    run(pool, Plan(buffers=(), layers=(Layer(name="read", kernel=source, ntasks=4, place="driver"),)))
+    del source
+    wait_until(lambda: watch() is None, "the end of the source", 5)
+
+
+def test_a_plan_whose_start_failed_is_not_run_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Pool(1, memory_limit="8 MiB") as made:
+        _extent, buffer, array = stored(made, 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(scheduler_pool, "start_thread", none_left)
+            with pytest.raises(RuntimeError, match="new thread"):
+                run(made, one_layer(buffer, count, 8))
+        made.check()
+        run(made, one_layer(buffer, count, 8))
+        assert (array == 1).all()
+
+
+def test_without_descriptors_left_a_loop_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with Pool(1, memory_limit="8 MiB") as made:
+        _extent, buffer, array = stored(made, 8)
+        gc.collect()
+        before = os.listdir("/proc/self/fd")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "memfd_create", full)
+            for _ in range(3):
+                with pytest.raises(OSError, match="Too many open files"):
+                    run(made, one_layer(buffer, count, 8))
+        assert os.listdir("/proc/self/fd") == before
+        run(made, one_layer(buffer, count, 8))
+        assert (array == 1).all()
+
+
+def test_a_word_that_comes_after_the_end_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Pool(1, memory_limit="8 MiB")
+    go_on, begun = threading.Event(), threading.Event()
+
+    class Waits:
+        def bind(self, context: Context) -> Callable[[int], None]:
+            return self.run
+
+        def run(self, i: int) -> None:
+            begun.set()
+            go_on.wait()
+
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            run(made, Plan(buffers=(), layers=(Layer(name="waits", kernel=Waits(), ntasks=1, place="driver"),)))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    assert begun.wait(20)
+    loop = made.worker_pool()._loop
+    ((run_id, _, _),) = loop.state.in_flight(DRIVER_LANE)
+    # As when the helper posts just before the pool is closed.
+    monkeypatch.setattr(loop, "_end_members", lambda: loop.inbox.append(lambda: loop._feed(RangeFinished(DRIVER_LANE, run_id, 0.1))))
+    ends: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", ends.append)
+    made.close()
+    thread.join(20)
+    go_on.set()
+    assert [type(e) for e in errors] == [PoolClosed] and ends == []
 
 
 def test_threads_run_plans_at_once_with_one_failing_and_a_worker_killed(pool: Pool) -> None:

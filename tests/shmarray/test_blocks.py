@@ -274,3 +274,28 @@ def test_fromfunction_is_called_for_each_chunk(executor: str) -> None:
     x = sa.fromfunction(lambda i, j: i * 10 + j, (4, 5), dtype=int, chunks=2)
 
     np.testing.assert_array_equal(x.compute(), np.fromfunction(lambda i, j: i * 10 + j, (4, 5), dtype=int))
+
+
+@pytest.mark.parametrize("new_axis, shape", [(-1, (2, 3, 1)), (-3, (1, 2, 3)), ((-1, 0), (1, 2, 3, 1)), ([1, -1], (2, 1, 3, 1))])
+def test_negative_new_axes_count_from_the_end_of_the_result(new_axis: Any, shape: tuple[int, ...]) -> None:
+    x = sa.array(np.arange(6.0).reshape(2, 3), chunks=(1, 3))
+
+    y = x.map_blocks(lambda b: np.expand_dims(b, new_axis), new_axis=new_axis, dtype=float)
+
+    assert y.shape == shape
+    np.testing.assert_array_equal(y.compute(scheduler="synchronous"), np.arange(6.0).reshape(shape))
+
+
+@pytest.mark.parametrize("new_axis", [3, -4, (0, 0)])
+def test_new_axes_that_are_not_there_are_refused(new_axis: Any) -> None:
+    with pytest.raises(ValueError, match="axis"):
+        sa.ones((2, 3)).map_blocks(lambda b: b, new_axis=new_axis, dtype=float)
+
+
+def test_a_function_that_cannot_travel_is_named_with_the_setting_that_helps() -> None:
+    lock = threading.Lock()
+
+    with pytest.raises(TypeError) as caught:
+        sa.ones(4).map_blocks(lambda b: b + lock.locked(), dtype=float).compute(scheduler="processes")
+
+    assert any("scheduler='threads'" in note and "lock" in note for note in caught.value.__notes__)

@@ -127,7 +127,7 @@ def test_rechunk_moves_nothing_keeps_axes_that_are_left_out_and_can_balance() ->
 
     assert y.chunks == ((3, 3, 3, 1), (5, 5))
     assert y.is_stored and np.shares_memory(x.compute(), y.compute())
-    assert x.rechunk((6, None), balance=True).chunks == ((5, 5), (10,))
+    assert x.rechunk((6, -1), balance=True).chunks == ((5, 5), (10,))
     assert x.rechunk({0: 3}, balance=True).chunks[0] == (3, 3, 2, 2)
     assert (x + 1).rechunk(2).chunks == ((2,) * 5, (2,) * 5)
 
@@ -152,3 +152,12 @@ def test_values_do_not_depend_on_chunks() -> None:
     }
 
     assert len(results) == 1
+
+
+def test_none_keeps_the_old_chunks_of_its_axis() -> None:
+    x = sa.zeros((4, 6), chunks=((1, 3), (2, 4)))
+
+    assert x.rechunk((None, 3)).chunks == ((1, 3), (3, 3))
+    assert x.rechunk({0: None, 1: 3}).chunks == ((1, 3), (3, 3))
+    assert x.rechunk({0: None, -1: None}).chunks == x.rechunk((None, None)).chunks == x.chunks
+    assert sa.zeros((4, 6), chunks=(None, 3)).chunks == ((4,), (3, 3))

@@ -107,8 +107,8 @@ def test_a_block_holds_in_its_own_thread_alone() -> None:
 def test_the_scheduler_is_taken_from_the_settings_and_a_wrong_one_is_named() -> None:
     with sa.Pool(workers=1, memory_limit="64MiB"):
         x = sa.arange(10) + 1
-        with sa.config.set(scheduler="quantum"), pytest.raises(ValueError, match=r"quantum.*synchronous"):
-            x.compute()
+        with pytest.raises(ValueError, match=r"quantum.*synchronous"):
+            sa.config.set(scheduler="quantum")
         with pytest.raises(ValueError, match="quantum"):
             x.compute(scheduler="quantum")
         with sa.config.set(scheduler="threads"):
@@ -123,3 +123,18 @@ def test_the_default_pool_is_made_with_the_settings() -> None:
     assert (pool.workers, pool.statistics().limit_nbytes) == (1, 48 << 20)
     np.testing.assert_array_equal((x + 1).compute(), [1, 2, 3])  # computed in another pool
     pool.close()
+
+
+def test_an_unknown_scheduler_is_refused_where_it_is_set() -> None:
+    with pytest.raises(ValueError, match=r"SHMARRAY_SCHEDULER.*'quantum'.*'processes', 'synchronous', 'threads'"):
+        Config({"SHMARRAY_SCHEDULER": "quantum"})
+    made = Config({})
+    with pytest.raises(ValueError, match="quantum"):
+        made.scheduler = "quantum"
+    assert made.scheduler is None
+
+
+@pytest.mark.parametrize("workers", ["a", 2.0, "2"])
+def test_a_pool_of_workers_that_are_no_number_is_refused_with_the_value(workers: object) -> None:
+    with pytest.raises(TypeError, match=repr(workers)):
+        sa.Pool(workers=workers)  # type: ignore[arg-type]

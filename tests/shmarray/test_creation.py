@@ -271,3 +271,36 @@ def test_a_source_that_fails_raises_its_own_error() -> None:
     for scheduler in ("synchronous", "threads", "processes"):
         with pytest.raises(OSError, match="the disk is gone"):
             sa.from_array(Broken(np.zeros((4, 4)))).sum().compute(scheduler=scheduler)
+
+
+@pytest.mark.parametrize("kind", [str, "S", "U", np.bytes_, np.dtype("U0")])
+@pytest.mark.parametrize("values", [[1, 22, -3], [1.5, 2.0], [True, False], ["abc", "d"], [1j]])
+def test_a_string_dtype_without_a_length_gets_the_length_numpy_gives(kind: Any, values: list[Any]) -> None:
+    data = np.array(values)
+
+    for ours, theirs in [
+        (sa.array(data).astype(kind), data.astype(kind)),
+        (sa.asarray(data, dtype=kind), np.asarray(data, dtype=kind)),
+        (sa.asarray(sa.array(data), dtype=kind), np.asarray(data, dtype=kind)),
+        (sa.array(values, dtype=kind), np.array(values, dtype=kind)),
+        (sa.zeros(3, kind), np.zeros(3, kind)),
+        (sa.ones(3, kind), np.ones(3, kind)),
+        (sa.zeros_like(data, dtype=kind), np.zeros_like(data, dtype=kind)),
+    ]:
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours.compute(), theirs)
+
+
+def test_dates_cast_to_dates_without_a_unit_keep_theirs() -> None:
+    days = np.array(["2020-01-01", "2021-02-03"], "M8[D]")
+
+    cast = sa.array(days).astype("M8")
+
+    assert cast.dtype == days.dtype
+    np.testing.assert_array_equal(cast.compute(), days)
+
+
+@pytest.mark.parametrize("make", [sa.asarray, sa.array, sa.from_array, lambda m: sa.ones(3) + m, lambda m: np.add(sa.ones(3), m), sa.sum])
+def test_masked_arrays_are_refused_for_their_masks_would_be_lost(make: Any) -> None:
+    with pytest.raises(TypeError, match="filled"):
+        make(np.ma.masked_array([1, 2, 3], [0, 1, 0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -516,3 +517,121 @@ RARE = {  # arguments that few use: by this library or by one call of NumPy, but
 def test_rare_arguments_and_functions_are_not_ignored(label: str, assert_same: Any) -> None:
     a = np.arange(12.0).reshape(3, 4)[::-1] * 1.7
     assert_same(np.asarray(RARE[label](sa.asarray(a))), RARE[label](a), rtol=1e-12)
+
+
+# --- strings, None, matrices, and out= by position ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values, scalar", [(["a", "bb", "", "0", " "], "a"), ([b"a", b"bb", b"", b"0"], b"bb"), (["a", "b"], np.str_("b"))]
+)
+def test_strings_compare_with_scalars_element_by_element(values: list[Any], scalar: Any) -> None:
+    theirs = np.array(values)
+    ours = sa.array(theirs, chunks=2)
+
+    for compare in (operator.eq, operator.ne, operator.lt, operator.ge, np.equal, np.not_equal):
+        for left, right in ((ours, scalar), (ours + ours[0], scalar), (scalar, ours)):
+            found = compare(left, right)
+            assert isinstance(found, sa.Array)
+            np.testing.assert_array_equal(found.compute(), compare(np.asarray(left), np.asarray(right)))
+    assert (scalar in ours) and (scalar * 9 not in ours)
+    assert sa.count_nonzero(ours).compute() == np.count_nonzero(ours) == np.count_nonzero(theirs)
+
+
+def test_comparing_with_none_or_another_kind_is_elementwise_and_with_an_object_an_error() -> None:
+    class Anything:
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    theirs = np.arange(6).reshape(2, 3)
+    ours = sa.array(theirs)
+
+    for found, expected in [
+        (ours == None, theirs == None),  # noqa: E711
+        (ours != None, theirs != None),  # noqa: E711
+        (operator.eq(None, ours), operator.eq(None, theirs)),
+        (ours == "a", theirs == "a"),
+        (ours != np.array(["a", "b", "c"]), theirs != np.array(["a", "b", "c"])),
+    ]:
+        assert isinstance(found, sa.Array)
+        np.testing.assert_array_equal(found.compute(), expected)
+    with pytest.raises(TypeError, match="compared with dict"):
+        _ = ours == {}
+    assert (ours == Anything()) is True
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("call", [lambda x, m: x * m, lambda x, m: m * x, lambda x, m: np.add(x, m), lambda x, m: sa.add(x, m)])
+def test_a_matrix_is_no_operand(call: Callable[[Any, Any], Any]) -> None:
+    with pytest.raises(TypeError, match="asarray"):
+        call(sa.ones((2, 2)), np.matrix([[1, 2], [3, 4]]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x, o: m.round(x, 1, o),
+        lambda m, x, o: np.round(x, 1, o),
+        lambda m, x, o: np.round(x, out=o),
+        lambda m, x, o: m.clip(x, 0, 1, o),
+        lambda m, x, o: np.clip(x, 0, 1, o),
+        lambda m, x, o: np.clip(x, 0, 1, out=o),
+        lambda m, x, o: m.clip(x, None, 1, o),
+        lambda m, x, o: m.add(x, 1, o),
+        lambda m, x, o: m.add(x, 1, out=o),
+        lambda m, x, o: np.add(x, 1, o),
+        lambda m, x, o: np.fix(x, o),
+        lambda m, x, o: m.isposinf(x, o),
+        lambda m, x, o: x.round(1, o),
+        lambda m, x, o: x.clip(-1, 1, o),
+        lambda m, x, o: np.take(x, [1, 0], 0, o),
+        lambda m, x, o: np.take(x, [1, 0], 0, o, "wrap"),
+        lambda m, x, o: np.nanmedian(x, axis=0, keepdims=True, out=o[:1]),
+    ],
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_out_by_position_or_name_is_filled_and_returned(call: Callable[[Any, Any, Any], Any], stored: bool) -> None:
+    theirs = np.linspace(-2, 2, 6).reshape(2, 3)
+    expected = np.full((2, 3), 9.0)
+    if "isposinf" in call.__code__.co_names:
+        expected = expected.astype(bool)
+    whole = expected.copy()
+    target = sa.array(whole) if stored else whole
+
+    call(np, theirs, expected)
+    result = call(sa, sa.array(theirs), target)
+
+    assert result is target or "nanmedian" in call.__code__.co_names
+    assert isinstance(result, sa.Array if stored else np.ndarray)
+    np.testing.assert_array_equal(np.asarray(target), expected)
+
+
+def test_records_are_not_taken_for_different() -> None:
+    x = sa.array(np.array([(1, 2.0), (3, 4.0)], "i4,f8"))
+
+    with pytest.raises(TypeError):
+        _ = x == x
+
+
+@pytest.mark.parametrize("name", ["round", "clip"])
+def test_out_of_a_dtype_that_cannot_hold_the_result_is_refused(name: str) -> None:
+    args = (1,) if name == "round" else (0, 1)
+
+    with pytest.raises(TypeError, match="same_kind"):
+        getattr(sa, name)(sa.ones(3), *args, np.zeros(3, int))
+
+
+def test_operators_have_no_further_parameters() -> None:
+    x = sa.ones(3)
+
+    with pytest.raises(TypeError):
+        pow(x, 2, "subtract")
+    with pytest.raises(TypeError):
+        x.sum(_function=1)
+
+
+def test_parameters_of_numpys_function_are_taken_by_position() -> None:
+    z = np.array([1j, -1, 1 + 1j])
+
+    np.testing.assert_array_equal(sa.angle(z, True).compute(), np.angle(z, True))
+    np.testing.assert_array_equal(np.angle(sa.array(z), True).compute(), np.angle(z, True))

@@ -759,3 +759,70 @@ def test_a_function_that_raises_leaves_the_target_as_it_was() -> None:
     with pytest.raises(ValueError, match="no"):
         x[...] = y.map_blocks(picky, dtype=float)
     assert not np.asarray(x).any()
+
+
+# --- what NumPy copies is no alias -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x.flatten(),
+        lambda m, x: x[0].flatten(),
+        lambda m, x: x.take(1, 0),
+        lambda m, x: m.take(x, 1, axis=1),
+        lambda m, x: m.take(x, [0, 1], axis=0),
+        lambda m, x: m.roll(x, 0),
+        lambda m, x: m.roll(x, 3, axis=1),
+        lambda m, x: m.roll(x, (0, 2), axis=(1, 0)),
+        lambda m, x: m.clip(x, None, None),
+        lambda m, x: x.clip(-100, 100),
+        lambda m, x: x.astype(float),
+        lambda m, x: m.astype(x, x.dtype),
+        lambda m, x: m.full((4, 2, 3), x),
+        lambda m, x: m.full(x.shape, x, x.dtype),
+        lambda m, x: m.full_like(x, x),
+        lambda m, x: x[np.array(1)],
+        lambda m, x: x[np.array(1), 1:],
+        lambda m, x: x[[0, 1]],
+        lambda m, x: x[x > -100],
+        lambda m, x: x.copy(),
+        lambda m, x: m.array(x),
+        lambda m, x: np.copy(x),
+        lambda m, x: m.round(x),
+        lambda m, x: x.conj(),  # of real numbers itself
+        lambda m, x: (x * 1j).conj(),
+        lambda m, x: m.conj(x),
+        lambda m, x: +x,
+        lambda m, x: abs(x),
+        lambda m, x: m.nan_to_num(x),
+        lambda m, x: m.sum(x, axis=()),
+        lambda m, x: m.max(x, axis=()),
+        lambda m, x: m.mean(x[None], axis=0),
+        lambda m, x: m.cumsum(x[:1], axis=0),
+        lambda m, x: m.concatenate([x]),
+        lambda m, x: m.stack([x]),
+        lambda m, x: m.vstack([x]),
+        lambda m, x: m.hstack([x]),
+        lambda m, x: m.block([x]),
+        lambda m, x: m.where(True, x, 0),
+        lambda m, x: m.astype(x, float, copy=False),
+        lambda m, x: m.asarray(x),
+        lambda m, x: m.asarray(x, dtype=float),
+        lambda m, x: m.squeeze(x),
+        lambda m, x: m.ravel(x),
+        lambda m, x: m.atleast_2d(x),
+        lambda m, x: x[1],
+        lambda m, x: x[..., 1],
+    ],
+)
+def test_writing_what_a_function_gave_changes_its_source_exactly_when_it_does_in_numpy(function: Callable[[Any, Any], Any]) -> None:
+    theirs = np.arange(6.0).reshape(2, 3)
+    ours = sa.array(theirs, chunks=2)
+    expected, result = function(np, theirs), function(sa, ours)
+
+    expected += 1
+    result += 1
+
+    np.testing.assert_array_equal(ours.compute(), theirs)
+    np.testing.assert_array_equal(result.compute(), expected)

@@ -125,3 +125,47 @@ def test_decompositions_are_one_call_of_numpy(name: str) -> None:
     found, expected = function(*[sa.asarray(x) for x in args]), function(*args)
     for one, other in zip(found if name == "svd" else (found,), expected if name == "svd" else (expected,), strict=True):
         np.testing.assert_allclose(np.asarray(one), other)
+
+
+@pytest.mark.parametrize(
+    "name, first, second",
+    [
+        ("vecdot", (5,), (5,)),
+        ("vecdot", (4, 5), (5,)),
+        ("vecdot", (3, 1, 5), (4, 5)),
+        ("matvec", (4, 5), (5,)),
+        ("matvec", (4, 5), (5, 5)),
+        ("matvec", (4, 5), (2, 3, 5)),
+        ("matvec", (2, 4, 5), (5,)),
+        ("matvec", (2, 4, 5), (3, 1, 5)),
+        ("vecmat", (4,), (4, 5)),
+        ("vecmat", (4, 4), (4, 5)),
+        ("vecmat", (2, 3, 4), (4, 5)),
+        ("vecmat", (4,), (2, 4, 5)),
+        ("vecmat", (3, 1, 4), (2, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["f8", "i4", "c16", "?"])
+def test_products_of_vectors_are_numpys(name: str, first: tuple[int, ...], second: tuple[int, ...], kind: str) -> None:
+    rng = np.random.default_rng(3)
+    a, b = ((rng.integers(-3, 4, shape) + (1j if kind == "c16" else 0)).astype(kind) for shape in (first, second))
+    expected = getattr(np, name)(a, b)
+
+    found = getattr(sa, name)(sa.array(a), b)
+
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    np.testing.assert_allclose(found.compute(), expected)
+    np.testing.assert_allclose(np.asarray(getattr(np, name)(sa.array(a), b)), expected)
+
+
+def test_products_of_vectors_refuse_shapes_that_do_not_match() -> None:
+    for name in ("vecdot", "matvec", "vecmat"):
+        for shapes in (((4, 4), (3, 3)), ((4, 4), (1, 1)), ((4,), ()), ((), (4,))):
+            with pytest.raises(ValueError, match=name):
+                getattr(sa, name)(*(sa.ones(s) for s in shapes))
+
+
+def test_vecdot_takes_an_axis() -> None:
+    a, b = np.arange(12.0).reshape(3, 4), np.arange(12.0).reshape(3, 4) + 1
+
+    np.testing.assert_allclose(sa.vecdot(sa.array(a), b, axis=0).compute(), np.vecdot(a, b, axis=0))
