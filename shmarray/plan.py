@@ -263,7 +263,7 @@ class _Builder:
                     if node.storage is not storage:
                         continue
                     here = Layout(node.offset, node.shape, node.strides, node.dtype)
-                    aligned = _pad_layout(here, layout.shape) == layout
+                    aligned = here == layout
                     if node in fused and aligned:
                         continue  # read and written at one place by one task
                     if storage.overlap(here, layout) and (node in fused or not isinstance(root, Elementwise) or len(roots) > 1):
@@ -747,10 +747,6 @@ class _Builder:
             locks=locks,
             keep=tuple(self.keep),
         )
-
-
-def _pad_layout(layout: Layout, shape: tuple[int, ...]) -> Layout:
-    return layout if layout.shape == shape else Layout(layout.offset, layout.shape, layout.strides, layout.dtype)
 
 
 def _through(target: Operand, map: IndexMap, x: Expr) -> Operand | None:

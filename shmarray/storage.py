@@ -49,9 +49,6 @@ class Layout:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def is_contiguous(self) -> bool:
-        return all(n <= 1 or s == t for n, s, t in zip(self.shape, self.strides, c_strides(self.shape, self.dtype.itemsize), strict=True))
-
     def bounds(self) -> tuple[int, int]:
         """Return the first byte and the one after the last."""
         low = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s < 0)

@@ -7,6 +7,7 @@ Never put here: tests, sleeps, anything that starts a process before a test asks
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,15 @@ def executor(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once with each executor; the default pool stays warm from test to test."""
     with sa.config.set(scheduler=request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[sa.Pool]:
+    """Compute in a pool of the module's own; at its end nothing of it may be held."""
+    with sa.Pool(workers=2, memory_limit="256MiB") as made:
+        yield made
+        gc.collect()
+        made.check()
 
 
 @contextlib.contextmanager

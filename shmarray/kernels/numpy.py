@@ -124,7 +124,7 @@ class Evaluator:
                     (self.flushed if k in stored_to else self.fetched).append(staged)
         self.layouts: dict[tuple[int, ...], Values] = {}
         self.current = ("", "")  # (operation, user's line) that runs now, for warnings
-        self.slots, self.slot_nbytes = _assign_slots(program)
+        self.slots = _assign_slots(program)
         self.scratch: dict[int, NDArray] = {}
         stored = {step.register: step.operand for step in program.steps if isinstance(step, Store)}
         self.steps: list[Callable[[Values, Box], None]] = []
@@ -353,7 +353,7 @@ def _constant(step: Constant, ndim: int) -> Callable[[Values, Box], None]:
     return constant
 
 
-def _assign_slots(program: Program) -> tuple[list[int | None], int]:
+def _assign_slots(program: Program) -> list[int | None]:
     """Give registers that `Apply` writes a scratch slot each, reusing the slot of a register whose last reader has run.
 
     A row that allows it writes over an operand that dies with it: fewer bytes in cache.
@@ -389,7 +389,7 @@ def _assign_slots(program: Program) -> tuple[list[int | None], int]:
                 count += 1
         if not in_place:
             _release(program, slots, dying, free)
-    return slots, count
+    return slots
 
 
 def _release(

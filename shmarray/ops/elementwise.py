@@ -20,7 +20,7 @@ from shmarray.handle import Handle, as_handle, as_node, value_of, wrap
 from shmarray.ops.table import ROWS, row_for
 from shmarray.region import broadcast_shape
 
-__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "isclose", "nan_to_num", "real_if_close", "round", "where"]
+__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "isclose", "nan_to_num", "round", "where"]
 
 _DEFAULT_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 
@@ -128,11 +128,6 @@ def isclose(a: Any, b: Any, rtol: float = 1e-05, atol: float = 1e-08, equal_nan:
 def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
     """Return ``x`` with NaN and infinities replaced."""
     return apply("nan_to_num", x, nan=nan, posinf=posinf, neginf=neginf)
-
-
-def real_if_close(a: Any) -> Any:
-    """Return ``a``: whether imaginary parts vanish is known only after computing."""
-    return as_handle(a)
 
 
 def _into(result: Any, out: Any) -> Any:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import cloudpickle
@@ -19,19 +17,7 @@ import shmarray as sa
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see the folder of the tests
 EXECUTORS = ("synchronous", "threads", "processes")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[sa.Pool]:
-    with sa.Pool(workers=2, memory_limit="256MiB") as made:
-        yield made
-        gc.collect()
-        made.check()
-
-
-@pytest.fixture(params=EXECUTORS)
-def executor(request: pytest.FixtureRequest) -> Iterator[str]:
-    with sa.config.set(scheduler=request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def both(shape: tuple[int, ...], chunks: Any, dtype: str = "f8") -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ import gc
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,7 @@ import pytest
 import shmarray as sa
 from shmarray.expr import Expr, exact, line_of, postorder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[sa.Pool]:
-    with sa.Pool(workers=2, memory_limit="256MiB") as made:
-        yield made
-        gc.collect()
-        made.check()
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def count_nodes() -> int:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import gc
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,19 +24,7 @@ EXECUTORS = ("synchronous", "threads", "processes")
 EXAMPLES = {"synchronous": 150, "threads": 50, "processes": 20}
 DTYPES = ("i8", "f8", "c16", "i2", "f4")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[sa.Pool]:
-    with sa.Pool(workers=2, memory_limit="256MiB") as made:
-        yield made
-        gc.collect()
-        made.check()
-
-
-@pytest.fixture(params=EXECUTORS)
-def executor(request: pytest.FixtureRequest) -> Iterator[str]:
-    with sa.config.set(scheduler=request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def same(ours: Any, theirs: np.ndarray) -> None:

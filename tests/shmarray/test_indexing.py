@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,13 +15,7 @@ import shmarray as sa
 EXECUTORS = ("synchronous", "threads", "processes")
 KINDS = ("stored", "memory", "expression", "fill", "scan")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[sa.Pool]:
-    with sa.Pool(workers=2, memory_limit="256MiB") as made:
-        yield made
-        gc.collect()
-        made.check()
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def twins(kind: str, shape: tuple[int, ...], chunk: int, dtype: str = "f8") -> tuple[np.ndarray, Any]:

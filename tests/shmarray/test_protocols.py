@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,7 @@ import pytest
 
 import shmarray as sa
 
-
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[sa.Pool]:
-    with sa.Pool(workers=2, memory_limit="256MiB") as made:
-        yield made
-        gc.collect()
-        made.check()
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def both() -> list[tuple[np.ndarray, Any]]:

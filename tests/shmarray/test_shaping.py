@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,7 @@ import shmarray as sa
 EXECUTORS = ("synchronous", "threads", "processes")
 EXAMPLES = {"synchronous": 400, "threads": 60, "processes": 25}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[sa.Pool]:
-    with sa.Pool(workers=2, memory_limit="256MiB") as made:
-        yield made
-        gc.collect()
-        made.check()
-
-
-@pytest.fixture(params=EXECUTORS)
-def executor(request: pytest.FixtureRequest) -> Iterator[str]:
-    with sa.config.set(scheduler=request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def agree(ours: Any, theirs: Any) -> None:

@@ -7,28 +7,13 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 import shmarray as sa
 
-EXECUTORS = ("synchronous", "threads", "processes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[sa.Pool]:
-    with sa.Pool(workers=2, memory_limit="256MiB") as made:
-        yield made
-        gc.collect()
-        made.check()
-
-
-@pytest.fixture(params=EXECUTORS)
-def executor(request: pytest.FixtureRequest) -> Iterator[str]:
-    with sa.config.set(scheduler=request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("pool")
 
 
 def live_nbytes(pool: sa.Pool) -> int:
