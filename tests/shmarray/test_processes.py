@@ -90,8 +90,11 @@ def test_ctrl_c_ends_a_compute_within_a_second_and_the_pool_works_on(tmp_path: P
         textwrap.dedent(
             """
             import os
+            import signal
             import time
             import shmarray as sa
+
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 
             def slow(block):
                 os.write(1, b"begun\\n")  # in one piece: two workers write at once
