@@ -1,7 +1,7 @@
 # Everything on a fresh machine that has make, python3 (3.11 or later) with venv, and the package index.
 #
 #   make demo    the main job on real data: the land of the Earth at one kilometre
-#   make test    lint, formatting, types, tests and doctests
+#   make test    lint, formatting, types, tests and doctests; then what is optional
 #   make bench   every benchmark, one after the other
 #
 # The virtual environment is made on first use and kept; PYTHON and VENV may be set to other ones.
@@ -21,8 +21,11 @@ test: $(VENV)/.test-installed $(VENV)/.demo-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python -m pip uninstall --quiet --yes llvmlite  # first without what is optional
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --doctest-modules shmarray
+	$(BIN)/python -m pytest --doctest-modules shmarray --ignore=shmarray/kernels/llvm
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[jit]"
+	$(BIN)/python -m pytest tests/shmarray/test_llvm_*.py tests/shmarray/test_explain.py tests/test_docs.py
 
 bench: $(VENV)/.bench-installed
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; echo; done

@@ -30,6 +30,7 @@ from shmarray.errors import (
     WorkerDied,
     WorkerStartError,
 )
+from shmarray.explain import explain
 from shmarray.ops import creation, elementwise, linalg, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
 
@@ -64,6 +65,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "config",
     "e",
     "euler_gamma",
+    "explain",
     "inf",
     "map_blocks",
     "nan",

@@ -21,6 +21,7 @@ from scheduler.locks import process_locks
 from scheduler.task import LockRequest
 from shmarray import compute as running
 from shmarray.chunks import Chunks, chunk_box, normalize_chunks
+from shmarray.explain import Explanation, explain
 from shmarray.expr import Expr, line_of, postorder, user_line
 from shmarray.handle import Handle, as_handle, register, value_of, wrap, wrap_stored
 from shmarray.ops import blocks, creation, elementwise, linalg, reductions, shaping
@@ -300,6 +301,10 @@ class Array(Handle):
     def plan(self) -> Any:
         """Return what computing would run: layers, buffers, dependencies. ``to_networkx()`` gives its graph."""
         return running.plan_of([self.node])
+
+    def explain(self, code: bool = False) -> Explanation:
+        """Return, as text, what computing would run: layers, engines, bytes moved, why each is one of its own. ``code``: see `explain`."""
+        return explain(self, code=code)
 
     # --- chunks ------------------------------------------------------------------------------------------------------------
 

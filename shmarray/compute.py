@@ -23,6 +23,7 @@ from scheduler.run import Pool, configure_default, default_pool
 from scheduler.task import Plan, Report
 from shmarray.chunks import Chunks, default_chunks
 from shmarray.config import config
+from shmarray.engines import plain_kernel
 from shmarray.errors import ChangedInput, TornChunkError
 from shmarray.expr import Elementwise, Expr, InMemory, Stored, line_of, make, postorder, user_line
 from shmarray.fuse import is_zero
@@ -236,7 +237,7 @@ def _tear(storage: Storage, layout: Layout, pool: Pool, plan: Plan, error: BaseE
     """
     address, _ = storage.address(pool)
     for number, layer in enumerate(plan.layers):
-        kernel = layer.kernel
+        kernel = plain_kernel(layer.kernel)
         if not isinstance(kernel, MapKernel) or builtins.all(plan.buffers[b].address != address for b in layer.writes):
             continue
         half = [(start, stop) for n, start, stop in getattr(error, "unfinished", ()) if n == number]

@@ -18,7 +18,9 @@ from typing import Any
 from scheduler import executors
 from scheduler.limits import parse_bytes
 
-__all__ = ["Config", "config"]
+__all__ = ["ENGINES", "Config", "config"]
+
+ENGINES = ("auto", "numpy", "llvm")
 
 
 def _positive(value: Any) -> int:
@@ -46,6 +48,12 @@ def _scheduler(value: Any) -> str:
     return str(value)
 
 
+def _engine(value: Any) -> str:
+    if value not in ENGINES:
+        raise ValueError(f"engine {value!r} is not known; there are {', '.join(map(repr, ENGINES))}")
+    return str(value)
+
+
 _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         "workers": _positive,
@@ -53,6 +61,8 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "spill_directory": _text,
         "chunk_size": _nbytes,
         "scheduler": _scheduler,
+        "engine": _engine,
+        "cache_directory": _text,
     }
 )
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -62,6 +72,8 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "spill_directory": None,
         "chunk_size": 16 * 2**20,
         "scheduler": None,  # tiny work in this process, the rest in worker processes
+        "engine": "auto",  # compiled kernels where the work pays for compiling
+        "cache_directory": None,  # of compiled kernels: the user's cache directory
     }
 )
 

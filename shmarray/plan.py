@@ -15,15 +15,17 @@ Never put here: how kernels compute, who runs tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from scheduler.results import result_memory
 from scheduler.run import Pool
 from scheduler.task import DRIVER, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
+from shmarray.engines import engine_for, why_not_compiled
 from shmarray.expr import (
     Assemble,
     Block,
@@ -51,8 +53,9 @@ from shmarray.region import IndexMap, c_strides
 from shmarray.storage import Layout, Storage
 from shmarray.tiles import BLOCK_ITEMS, ENOUGH_TASKS, REDUCTION_TILE_ITEMS, TILE_ITEMS, Grid, map_grid, reduction_grid, slab_sizes
 
-__all__ = ["Target", "build_plan"]
+__all__ = ["LayerOutline", "Outline", "Space", "Target", "build_plan", "outline"]
 
+Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are reduced, None where nothing is
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
 
@@ -71,18 +74,56 @@ class Target:
     is_new: bool = False  # nobody has seen the storage yet, so that nobody minds it half written
 
 
+@dataclass(frozen=True, slots=True)
+class LayerOutline:
+    """What the planner knew of a layer and running it does not need: for those who ask why."""
+
+    kernel: Kernel  # as the NumPy engine runs it
+    why_not_compiled: str  # empty when it is
+    loads: tuple[Operand, ...]
+    stores: tuple[Operand, ...]
+    level: int  # -1: not of a level
+    space: Space | None  # nodes of one level and space may share a pass
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A plan, its layers, the buffer of each root, and for temporaries the operation that is kept there and why."""
+
+    plan: Plan
+    layers: tuple[LayerOutline, ...]
+    results: tuple[int, ...]
+    owners: dict[int, tuple[str, str]]
+
+
+Empty = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray[Any, Any]]
+
+
 def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> Plan:
     """Return the plan that fills ``targets`` with ``roots``, which have their shapes and dtypes."""
+    return _built(roots, targets, pool, result_memory().empty).plan()
+
+
+def outline(roots: Sequence[Expr], pool: Pool) -> Outline:
+    """Return what `build_plan` decides for new results, to look at and never to run: the results have no memory."""
+    return _built(roots, [Target(root.shape, root.dtype) for root in roots], pool, _without_memory).outline()
+
+
+def _without_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    return as_strided(np.empty(1, dtype), shape, c_strides(shape, dtype.itemsize))
+
+
+def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: Empty) -> _Builder:
     optimised = optimise(tuple(roots))
     builder = _Builder(pool, frozenset(optimised.kept))
     for root, target in zip(optimised.roots, targets, strict=True):
         if target.array is None and target.storage is None:
-            target.array = _empty_like(root)
+            target.array = _empty_like(root, empty)
         builder.add_target(target)
         if target.storage is not None and not target.is_new and _may_fail(root):
             builder.aside.add(builder.targets[-1])
     builder.build(optimised.roots)
-    return builder.plan()
+    return builder
 
 
 def _may_fail(root: Expr) -> bool:
@@ -90,7 +131,7 @@ def _may_fail(root: Expr) -> bool:
     return any(isinstance(n, Foreign) or (isinstance(n, Block) and n.operation.isolated) for n in postorder([root]))
 
 
-def _empty_like(root: Expr) -> np.ndarray[Any, Any]:
+def _empty_like(root: Expr, empty: Empty) -> np.ndarray[Any, Any]:
     """Return an array for the values of ``root``, its axes in memory in the order they have in what it reads."""
     order: tuple[int, ...] | None = None
     if isinstance(root, Elementwise) and len(root.shape) > 1:
@@ -100,7 +141,7 @@ def _empty_like(root: Expr) -> np.ndarray[Any, Any]:
             order = memory_order([Operand(0, 0, root.shape, s, root.dtype) for s in strides if s is not None], len(root.shape))
     if order is None:
         order = tuple(range(len(root.shape)))
-    return result_memory().empty(tuple(root.shape[a] for a in order), root.dtype).transpose(np.argsort(order))
+    return empty(tuple(root.shape[a] for a in order), root.dtype).transpose(np.argsort(order))
 
 
 def _strides_of(node: Expr) -> tuple[int, ...] | None:
@@ -130,6 +171,8 @@ class _LayerDraft:
     dependencies: list[Dependency] = field(default_factory=list)
     retry: bool = True
     beside: frozenset[int] = frozenset()  # earlier layers that write other parts of the same buffers
+    level: int = -1
+    space: Space | None = None
 
 
 class _Builder:
@@ -152,6 +195,9 @@ class _Builder:
         self.target_views: list[tuple[Storage, Layout]] = []
         self.outputs: set[Expr] = set()  # roots that are computed in place wherever else they are needed
         self.reshaped: set[Expr] = set()  # what a reshape reads, and so must lie in C order
+        self.reasons: dict[Expr, str] = {}  # memory node -> why it is one
+        self.level = -1  # of the layers that are added now, and their space where it decides what shares a pass
+        self.space: Space | None = None
         self.isolated = False
         self.scratch = 0
 
@@ -306,19 +352,26 @@ class _Builder:
             while position < len(pending) and levels[pending[position]] == level:
                 here.append(pending[position])
                 position += 1
+            self.level = level
             self._emit_level(here, wanted, memory)
+        self.level = -1
 
     def _memory_nodes(self, wanted: dict[Expr, Operand]) -> set[Expr]:
         memory = {
             n for n in postorder(wanted) if n in wanted or n in self.kept or not isinstance(n, (Elementwise, View, Fill, Stored, InMemory))
         }
+        why = self.reasons
+        why.update((n, "seen through several views; computing it again for each costs more") for n in self.kept)
+        why.update((n, _nature(n)) for n in memory if n not in why)
         reshaped = {n.x for n in memory if isinstance(n, Reshape)}  # even a view: it must lie in C order
         for node in list(memory):
             if isinstance(node, Reshape):
                 memory.discard(node)
                 memory.add(node.x)
+                why[node.x] = why.get(node.x) or "reshape needs it in C order"
             if isinstance(node, Block) and node.operation.memory_inputs:
                 memory.update(_memory_base(a) for a in node.args)
+                why.update((b, f"{node.name} needs it as an array") for b in map(_memory_base, node.args) if not why.get(b))
         memory = {n for n in memory if not isinstance(n, (Stored, InMemory, View)) or n in wanted or n in reshaped}
         weights = weight_below(list(postorder(wanted)))
         users: dict[Expr, set[Any]] = {}  # elementwise node -> the passes it is computed in
@@ -338,6 +391,7 @@ class _Builder:
         shared = {n for n, passes in users.items() if len(passes) > 1 and weights[n] > SHARED_WEIGHT_LIMIT and n not in memory}
         covered = {x for n in shared for x in n.inputs if x in shared and users[n] >= users[x]}
         memory.update(shared - covered)
+        why.update((n, f"read by {len(users[n])} passes; computing it again in each costs more") for n in shared - covered)
         return memory
 
     def _inside(self, node: Expr, memory: set[Expr]) -> Iterable[Expr]:
@@ -381,10 +435,13 @@ class _Builder:
                 sources = set().union(*(self._sources(m[0], memory) for m in cluster))
                 along = [m for m in spaces.get(shape, ()) if sources & self._sources(m[0], memory)]
                 spaces[shape] = [m for m in spaces.get(shape, ()) if m not in along]
+                self.space = shape, axes
                 self._emit_reduction(cluster, along, shape, axes)
-        for mapped in spaces.values():
+        for shape, mapped in spaces.items():
             for group in _clusters([(m, self._sources(m[0], memory)) for m in mapped]):
+                self.space = shape, None
                 self._emit_map(group)
+        self.space = None
 
     def _sources(self, node: Expr, memory: set[Expr]) -> set[Any]:
         """Return what a layer for ``node`` reads, to see which layers share a pass."""
@@ -409,7 +466,7 @@ class _Builder:
         if order is not None and order != tuple(range(len(shape))):
             program = program.permuted(order)
         grid = map_grid(program.shape, crossing_axes(program.operands) if order is None else None)
-        names = _layer_name([n for n, _ in members], "copy")
+        names = _layer_name([n for n, _ in members], "copy", self.operands)
         self._add(
             _LayerDraft(
                 MapKernel(program, grid),
@@ -481,7 +538,7 @@ class _Builder:
             )
         kernel = ReduceKernel(program, grid, axes, tuple(specs))
         stores = [*program.stores, *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
-        chain = _layer_name([n for n, _ in along] + [m.x for m, _ in members if isinstance(m.x, Elementwise)], "")
+        chain = _layer_name([n for n, _ in along] + [m.x for m, _ in members], "", self.operands)
         name = "-".join(filter(None, [chain, *dict.fromkeys(node.name for node, _ in members)]))
         self._add(
             _LayerDraft(
@@ -662,6 +719,7 @@ class _Builder:
         position = len(self.layers)
         draft.reads = {o.buffer: None for o in draft.loads}
         draft.writes = {o.buffer: None for o in draft.stores}
+        draft.level, draft.space = self.level, self.space if draft.grid is not None else None
         after: dict[int, Callable[[int, int], tuple[int, int]] | None] = {}
         for buffer in draft.reads:
             for writer in self.writers.get(buffer, ()):
@@ -718,6 +776,11 @@ class _Builder:
 
         return requires
 
+    def _is_remote(self, buffer: int) -> bool:
+        """Whether a buffer lies in the driver's own memory, where workers copy from."""
+        address = self.buffers[buffer].address
+        return address is not None and address.segment == DRIVER
+
     def plan(self) -> Plan:
         """Return the finished plan."""
         layers = []
@@ -726,7 +789,7 @@ class _Builder:
             layers.append(
                 Layer(
                     name=draft.name,
-                    kernel=draft.kernel,
+                    kernel=engine_for(draft.kernel, draft.nbytes_per_task * draft.ntasks, self._is_remote),
                     ntasks=draft.ntasks,
                     reads=tuple(draft.reads),
                     writes=tuple(draft.writes),
@@ -747,6 +810,26 @@ class _Builder:
             locks=locks,
             keep=tuple(self.keep),
         )
+
+    def outline(self) -> Outline:
+        """Return the finished plan with what there is to tell about it."""
+        layers = tuple(
+            LayerOutline(
+                draft.kernel,
+                why_not_compiled(draft.kernel, draft.nbytes_per_task * draft.ntasks, self._is_remote),
+                draft.loads,
+                draft.stores,
+                draft.level,
+                draft.space,
+            )
+            for draft in self.layers
+        )
+        owners = {
+            operand.buffer: (node.name, self.reasons.get(node, ""))
+            for node, operand in self.operands.items()
+            if self.buffers[operand.buffer].address is None
+        }
+        return Outline(self.plan(), layers, tuple(target.buffer for target in self.targets), owners)
 
 
 def _through(target: Operand, map: IndexMap, x: Expr) -> Operand | None:
@@ -773,6 +856,25 @@ def _through(target: Operand, map: IndexMap, x: Expr) -> Operand | None:
 
 def _is_c_ordered(operand: Operand) -> bool:
     return operand.strides == c_strides(operand.shape, operand.dtype.itemsize)
+
+
+def _nature(node: Expr) -> str:
+    """Return why a node has memory wherever it stands; empty for one that has it only where something else asks for it."""
+    match node:
+        case Reduction():
+            return "a reduction"
+        case Scan():
+            return "a running result"
+        case Block() if node.operation.isolated:
+            return "a user's function"
+        case Block():
+            return "an operation on whole blocks"
+        case Assemble():
+            return "written piece by piece"
+        case Foreign():
+            return "a source that only this process reads"
+        case _:
+            return ""
 
 
 def _memory_base(node: Expr) -> Expr:
@@ -815,10 +917,10 @@ def _clusters(members: list[tuple[Any, set[Any]]]) -> list[list[Any]]:
     return [group for group, _ in clusters]
 
 
-def _layer_name(nodes: list[Expr], otherwise: str) -> str:
-    """Return a short name: the operations of the chains, outermost last."""
-    chains = postorder([n for n in nodes if isinstance(n, Elementwise)], lambda n: n.inputs if isinstance(n, Elementwise) else ())
-    names = [n.name for n in chains if isinstance(n, Elementwise)]
+def _layer_name(nodes: list[Expr], otherwise: str, lying: Container[Expr]) -> str:
+    """Return a short name: the operations of the chains down to what is ``lying`` somewhere, outermost last."""
+    chains = postorder(nodes, lambda n: n.inputs if isinstance(n, Elementwise) and n not in lying else ())
+    names = [n.name for n in chains if isinstance(n, Elementwise) and n not in lying]
     if not names:
         return otherwise or ""
     return "-".join(names) if len(names) <= 4 else f"{names[0]}-..{len(names) - 2} more..-{names[-1]}"

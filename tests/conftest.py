@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,6 +31,14 @@ GRIDS = {  # constant -> a value so small that arrays of a few hundred items are
     "NARROWEST_ITEMS": 2,
 }
 PRODUCTS = {"EDGE_ITEMS": 4, "SPLIT_ITEMS": 8}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled kernels out of the user's cache: here, and in the scripts that tests start."""
+    directory = tempfile.TemporaryDirectory(prefix="shmarray-tests-")
+    config.add_cleanup(directory.cleanup)
+    os.environ["SHMARRAY_CACHE_DIRECTORY"] = directory.name
+    sa.config.set(cache_directory=directory.name)
 
 
 @pytest.fixture(params=EXECUTORS)

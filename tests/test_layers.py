@@ -28,15 +28,24 @@ run
 """
 
 SHMARRAY = """
-errors dtypes region kernels.__init__ ops.__init__
-config ops.table ops.reductions_table tiles
-chunks expr
+errors dtypes region kernels.__init__ kernels.llvm.__init__ ops.__init__
+config ops.table ops.reductions_table tiles kernels.llvm.target kernels.llvm.structure kernels.llvm.nest
+chunks expr kernels.llvm.lanes kernels.llvm.objects
+kernels.llvm.lowering
+kernels.llvm.lower_arithmetic kernels.llvm.lower_choice kernels.llvm.lower_math
+kernels.llvm.lower
+kernels.llvm.folds kernels.llvm.writer
+kernels.llvm.module
 storage kernels.program
 handle travel
 optimise kernels.numpy fuse
 kernels.reduce kernels.scan
+kernels.llvm.kernel
+kernels.llvm.engine
+engines
 plan
 compute
+explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
@@ -48,12 +57,23 @@ __init__
 # What shmarray takes from scheduler: words of plans (task), the door (run), names of errors, bytes as text, and in the kernels
 # memory that lies in another process.
 DOORS = {
-    "scheduler.task": {"array", "compute", "plan", "storage", "kernels.numpy", "kernels.reduce", "kernels.scan"},
-    "scheduler.run": {"__init__", "compute", "plan", "storage"},
+    "scheduler.task": {
+        "array",
+        "compute",
+        "explain",
+        "plan",
+        "storage",
+        "engines",
+        "kernels.numpy",
+        "kernels.reduce",
+        "kernels.scan",
+        "kernels.llvm.kernel",
+    },
+    "scheduler.run": {"__init__", "compute", "explain", "plan", "storage"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "config"},
-    "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan"},
+    "scheduler.limits": {"array", "chunks", "config", "explain"},
+    "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.llvm.kernel"},
     "scheduler.locks": {"array", "storage"},
     "scheduler.results": {"plan"},
 }
@@ -62,6 +82,8 @@ DOORS = {
 LATE = {
     ("scheduler.task", "networkx"),
     ("shmarray.array", "networkx"),
+    ("shmarray.engines", "shmarray.kernels.llvm.engine"),
+    ("shmarray.explain", "shmarray.kernels.llvm.engine"),
     ("shmarray.ops.linalg", "threadpoolctl"),
 }
 
@@ -133,7 +155,7 @@ def test_a_file_knows_only_files_below_it(package: str, file: str) -> None:
     for module, _, _ in imports(package, file):
         below = own(package, module)
         if below is not None and (f"{package}.{file}", module) not in LATE:
-            if below in ("__init__", "ops.__init__", "kernels.__init__", "executors.__init__"):
+            if below in ("__init__", "ops.__init__", "kernels.__init__", "kernels.llvm.__init__", "executors.__init__"):
                 continue  # the folder itself, which imports nothing that its own files do not
             assert table[below] < table[file], f"{package}.{file} imports {module}, which stands beside or above it"
 

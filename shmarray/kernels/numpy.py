@@ -22,7 +22,7 @@ from shmarray.ops.table import row_for
 from shmarray.region import Box
 from shmarray.tiles import Grid, block_sizes, blocks
 
-__all__ = ["BlockKernel", "CopyInKernel", "Evaluator", "MapKernel", "Staged", "open_window", "put", "stage"]
+__all__ = ["BlockKernel", "CopyInKernel", "Evaluator", "MapKernel", "Staged", "fill_reader", "open_window", "put", "stage"]
 
 NDArray = np.ndarray[Any, Any]
 Window = NDArray | Remote
@@ -247,31 +247,10 @@ class Evaluator:
         return load
 
     def _fill(self, step: FillStep) -> Callable[[Values, Box], None]:
-        operation, out, map, dtype = step.operation, step.out, step.map, self.program.registers[step.out].dtype
-        axis_of = {axis: k for k, (axis, _) in enumerate(map.axes) if axis >= 0}
-        naxes = len(map.offsets)
-        moved = [axis for axis, _ in map.axes if axis >= 0]
-        pick = tuple(slice(None) if a in axis_of else 0 for a in range(naxes))
-        order = np.argsort(np.argsort(moved)).tolist() if moved else []
-        new = tuple(slice(None) if axis >= 0 else None for axis, _ in map.axes)
-        buffers: dict[tuple[int, ...], NDArray] = {}  # used again: fresh memory costs a page fault for every 4 KiB
+        read, out = fill_reader(step, self.program.registers[step.out].dtype), step.out
 
         def fill(values: Values, box: Box) -> None:
-            starts, steps, counts = [], [], []
-            for a in range(naxes):
-                k = axis_of.get(a)
-                step_of = map.axes[k][1] if k is not None else 1
-                starts.append(map.offsets[a] + (step_of * box[k].start if k is not None else 0))
-                steps.append(step_of)
-                counts.append(box[k].stop - box[k].start if k is not None else 1)
-            shape = tuple(counts)
-            buffer = buffers.get(shape)
-            if buffer is None:
-                if len(buffers) > 8:
-                    buffers.clear()
-                buffer = buffers[shape] = np.empty(shape, dtype)
-            operation.fill(buffer, tuple(starts), tuple(steps))
-            values[out] = buffer[pick].transpose(order)[new]
+            values[out] = read(box)
 
         return fill
 
@@ -342,6 +321,38 @@ class Evaluator:
             put(window, box, values[register])
 
         return store
+
+
+def fill_reader(step: FillStep, dtype: np.dtype[Any]) -> Callable[[Box], NDArray]:
+    """Return what gives the elements of a box of the iteration space, valid until the next call."""
+    operation, map = step.operation, step.map
+    axis_of = {axis: k for k, (axis, _) in enumerate(map.axes) if axis >= 0}
+    naxes = len(map.offsets)
+    moved = [axis for axis, _ in map.axes if axis >= 0]
+    pick = tuple(slice(None) if a in axis_of else 0 for a in range(naxes))
+    order = np.argsort(np.argsort(moved)).tolist() if moved else []
+    new = tuple(slice(None) if axis >= 0 else None for axis, _ in map.axes)
+    buffers: dict[tuple[int, ...], NDArray] = {}  # used again: fresh memory costs a page fault for every 4 KiB
+
+    def read(box: Box) -> NDArray:
+        starts, steps, counts = [], [], []
+        for a in range(naxes):
+            k = axis_of.get(a)
+            step_of = map.axes[k][1] if k is not None else 1
+            starts.append(map.offsets[a] + (step_of * box[k].start if k is not None else 0))
+            steps.append(step_of)
+            counts.append(box[k].stop - box[k].start if k is not None else 1)
+        shape = tuple(counts)
+        buffer = buffers.get(shape)
+        if buffer is None:
+            if len(buffers) > 8:
+                buffers.clear()
+            buffer = buffers[shape] = np.empty(shape, dtype)
+        operation.fill(buffer, tuple(starts), tuple(steps))
+        part: NDArray = buffer[pick].transpose(order)[new]
+        return part
+
+    return read
 
 
 def _constant(step: Constant, ndim: int) -> Callable[[Values, Box], None]:

@@ -25,7 +25,7 @@ from shmarray.ops.reductions_table import REDUCTIONS, Part, States
 from shmarray.region import Box
 from shmarray.tiles import Grid, blocks
 
-__all__ = ["FinishKernel", "ReduceKernel", "ReduceSpec", "Tree"]
+__all__ = ["FinishKernel", "ReduceKernel", "ReduceSpec", "Tree", "split_number"]
 
 NDArray = np.ndarray[Any, Any]
 
@@ -94,7 +94,7 @@ class ReduceKernel:
 
         def run(index: int) -> None:
             tile = grid.box(index)
-            split = _split_number(grid, axes, tile)
+            split = split_number(grid, axes, tile)
             kept = tuple([slice(0, 1) if a in axes else piece for a, piece in enumerate(tile)])
             kept_sizes = tuple([1 if a in axes else size for a, size in enumerate(sizes)])
             reduced = tuple([piece if a in axes else slice(0, 1) for a, piece in enumerate(tile)])
@@ -133,7 +133,8 @@ class ReduceKernel:
         return run
 
 
-def _split_number(grid: Grid, axes: tuple[int, ...], tile: Box) -> int:
+def split_number(grid: Grid, axes: tuple[int, ...], tile: Box) -> int:
+    """Return which part of the reduced axes a tile is: the row of the partial results it writes."""
     split = 0
     for a in axes:
         split = split * -(-grid.shape[a] // grid.sizes[a]) + tile[a].start // grid.sizes[a]

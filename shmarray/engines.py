@@ -1,0 +1,61 @@
+"""Which engine runs a kernel: compiled code where it has one and the work pays for compiling, else NumPy.
+
+Promises: the choice depends on the plan and the configuration alone, never on what is cached, on workers or on the machine's load,
+because engines differ in the last bits.
+Never put here: what an engine does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from scheduler.task import Kernel
+from shmarray.config import config
+from shmarray.kernels.numpy import MapKernel
+from shmarray.kernels.reduce import ReduceKernel
+
+__all__ = ["COMPILING_PAYS_NBYTES", "engine_for", "plain_kernel", "why_not_compiled"]
+
+COMPILING_PAYS_NBYTES = 1 << 29  # of traffic, operations weighted: some 50 ms of one core in NumPy, of which code saves half or more
+
+
+def engine_for(kernel: Kernel, nbytes: int, is_remote: Callable[[int], bool]) -> Kernel:
+    """Return the kernel, compiled where that is possible and wanted. ``nbytes``: what all its tasks are worth."""
+    result: Kernel = _choose(kernel, nbytes, is_remote)[0]
+    return result
+
+
+def plain_kernel(kernel: Kernel) -> Kernel:
+    """Return the kernel of the NumPy engine that a compiled one stands for; others themselves."""
+    plain: Kernel = getattr(kernel, "plain", kernel)
+    return plain
+
+
+def why_not_compiled(kernel: Kernel, nbytes: int, is_remote: Callable[[int], bool]) -> str:
+    """Return why a kernel runs in NumPy; empty when it is compiled."""
+    return _choose(kernel, nbytes, is_remote)[1]
+
+
+@cache
+def _has_llvmlite() -> bool:
+    return importlib.util.find_spec("llvmlite") is not None
+
+
+def _choose(kernel: Any, nbytes: int, is_remote: Callable[[int], bool]) -> tuple[Any, str]:
+    if not isinstance(kernel, (MapKernel, ReduceKernel)):
+        return kernel, "not elementwise work or a reduction"
+    if config.engine == "numpy":
+        return kernel, "engine='numpy'"
+    if not _has_llvmlite():
+        return kernel, "llvmlite is not installed (pip install shmarray[jit])"
+    if config.engine == "auto" and nbytes < COMPILING_PAYS_NBYTES:
+        return kernel, "too little work to pay for compiling"
+    from shmarray.kernels.llvm import engine  # needs llvmlite, and takes 0.1 s
+
+    try:
+        return engine.compiled(kernel, is_remote), ""
+    except engine.NotLowered as error:
+        return kernel, str(error)

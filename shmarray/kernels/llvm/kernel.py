@@ -1,0 +1,304 @@
+"""Compiled kernels as the scheduler runs them: a plain kernel of the NumPy engine, and the code that does the same in one pass.
+
+What lies in the driver's memory, is made from positions, or is written where it is read is moved piece by piece through scratch,
+which the code sees as any other operand. After each piece the processor's flags are looked at: where NumPy might warn or raise, the NumPy
+engine computes the piece again, before anything of it is written, and says what NumPy says.
+
+Promises: loading this imports no code generator; a worker needs none.
+Never put here: LLVM, files, grids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from scheduler.segments import Remote
+from scheduler.task import Context
+from shmarray.kernels.llvm.objects import load
+from shmarray.kernels.llvm.structure import Arguments, Structure
+from shmarray.kernels.numpy import Evaluator, MapKernel, Staged, Window, fill_reader, open_window, put, stage
+from shmarray.kernels.program import FillStep, Program, Store
+from shmarray.kernels.reduce import ReduceKernel, Tree, split_number
+from shmarray.ops.reductions_table import REDUCTIONS, Part
+from shmarray.region import Box
+from shmarray.tiles import Grid, blocks
+
+__all__ = ["CompiledKernel"]
+
+MOST_REPLAYS = 8  # a layer whose every piece raises flags is computed twice only so often per process
+PlainKernel = MapKernel | ReduceKernel
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernel:
+    """A plain kernel and its code. ``loops``: the program's axes in each loop; ``fills``: the steps behind the last operands."""
+
+    plain: PlainKernel
+    structure: Structure
+    loops: tuple[tuple[int, ...], ...]
+    fills: tuple[FillStep, ...]
+    aside: frozenset[int]  # stored operands that are read, too: written when a piece is done
+    piece_sizes: tuple[int, ...]
+    scalars: bytes
+    scratch_nbytes: int  # of accumulators and of the tree above the leaves
+    raises: bool  # np.errstate says "raise" somewhere
+    quiet: bool  # nothing is to be said of any flag
+    code: bytes
+
+    @property
+    def program(self) -> Program:
+        return self.plain.program
+
+    @property
+    def grid(self) -> Grid:
+        return self.plain.grid
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        return _Bound(self, context).run
+
+
+class _Aside:
+    """A place of this process that is written when a piece is done, as `Staged` is for the driver's memory."""
+
+    def __init__(self, window: np.ndarray[Any, Any]) -> None:
+        self.window = window
+        self.scratch = np.empty(0, window.dtype)
+        self.array = self.scratch
+
+    def begin(self, box: Box) -> None:
+        shape = [piece.stop - piece.start for piece in box]
+        if self.scratch.size < math.prod(shape):
+            self.scratch = np.empty(math.prod(shape), self.window.dtype)
+        self.array = self.scratch[: math.prod(shape)].reshape(shape)
+
+    def flush(self, box: Box) -> None:
+        np.copyto(self.window[box], self.array)
+
+
+class _Bound:
+    """A compiled kernel with this process's memory."""
+
+    def __init__(self, kernel: CompiledKernel, context: Context) -> None:
+        self.kernel, self.context = kernel, context
+        self.plain = kernel.plain
+        program = kernel.plain.program
+        s = kernel.structure
+        self.where = Arguments(s)
+        self.words = (ctypes.c_int64 * self.where.count)()
+        self.address = ctypes.addressof(self.words)
+        self.function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p)(load(kernel.code))
+        ctypes.memmove(ctypes.addressof(self.words) + 8 * self.where.scalars, kernel.scalars, len(kernel.scalars))
+        self.keep: list[Any] = []
+        self.fetched: list[tuple[int, Staged]] = []
+        self.flushed: list[tuple[int, Staged | _Aside]] = []
+        self.direct: list[tuple[int, int, tuple[int, ...]]] = []  # operand, address, strides
+        copies = sorted(kernel.aside)
+        for number, operand in enumerate(program.operands):
+            window = open_window(context, operand)
+            form = s.operands[number]
+            if isinstance(window, Remote):
+                staged = Staged(window)
+                if form.is_stored:
+                    self.flushed.append((number, staged))
+                elif number in kernel.aside or form.is_loaded:
+                    self.fetched.append((number, staged))
+            else:
+                self._use(number, window)
+            if number in kernel.aside:
+                self.flushed.append(
+                    (len(program.operands) + copies.index(number), Staged(window) if isinstance(window, Remote) else _Aside(window))
+                )
+        first_fill = len(program.operands) + len(copies)
+        self.fills = [(first_fill + n, fill_reader(step, program.registers[step.out].dtype)) for n, step in enumerate(kernel.fills)]
+        self.evaluator: Evaluator | None = None
+        self.replays = 0
+        if isinstance(self.plain, ReduceKernel):
+            self._prepare_states(self.plain)
+        self.run = self._run_map if isinstance(self.plain, MapKernel) else self._run_reduce
+
+    def _use(self, number: int, window: np.ndarray[Any, Any]) -> None:
+        """Enter an array that lies in this process for the whole run."""
+        strides = tuple(0 if n == 1 else stride for n, stride in zip(window.shape, window.strides, strict=True))
+        self.direct.append((number, window.ctypes.data, strides))
+        self.keep.append(window)
+        self._set_strides(number, strides)
+
+    def _set_strides(self, number: int, strides: tuple[int, ...]) -> None:
+        words, where = self.words, self.where
+        for loop, axes in enumerate(self.kernel.loops):
+            words[where.stride(number, loop)] = strides[axes[-1]] if axes else 0
+
+    def _set_copied(self, number: int, array: np.ndarray[Any, Any]) -> None:
+        """Enter the array of one piece."""
+        form = self.kernel.structure.operands[number]
+        strides = tuple(0 if n == 1 else stride for n, stride in zip(array.shape, array.strides, strict=True))
+        inner = self.kernel.loops[-1]
+        if form.inner == "forward" and inner and array.shape[inner[-1]] != 1 and strides[inner[-1]] != array.itemsize:
+            raise AssertionError(f"operand {number} of shape {array.shape} has strides {array.strides}")
+        self.words[number] = array.ctypes.data
+        self._set_strides(number, strides)
+
+    def _call(self, piece: Box) -> None:
+        """Run the code on a piece; results that are not written in place stay in scratch."""
+        words, where = self.words, self.where
+        starts = [p.start for p in piece]
+        for number, address, strides in self.direct:
+            for start, stride in zip(starts, strides, strict=True):
+                address += start * stride
+            words[number] = address
+        held = []
+        for number, staged in self.fetched:
+            staged.fetch(piece)
+            self._set_copied(number, staged[piece])
+        for number, target in self.flushed:
+            target.begin(piece)
+            self._set_copied(number, target[piece] if isinstance(target, Staged) else target.array)
+        for number, fill in self.fills:
+            array = np.ascontiguousarray(fill(piece))
+            held.append(array)
+            self._set_copied(number, array)
+        for loop, axes in enumerate(self.kernel.loops):
+            count = 1
+            for a in axes:
+                count *= piece[a].stop - piece[a].start
+            words[where.counts + loop] = count
+        flags = self.function(self.address)
+        if flags and not self.kernel.quiet and (self.kernel.raises or self.replays < MOST_REPLAYS):
+            self.replays += 1
+            self._replay(piece)
+
+    def _commit(self, piece: Box) -> None:
+        for _, target in self.flushed:
+            target.flush(piece)
+
+    def _run_map(self, index: int) -> None:
+        tile = self.plain.grid.box(index)
+        sizes = self.kernel.piece_sizes
+        for piece in blocks(tile, sizes) if sizes != self.plain.grid.sizes else (tile,):
+            self._call(piece)
+            self._commit(piece)
+
+    def _replay(self, piece: Box) -> None:
+        """Let the NumPy engine compute a piece, write nothing, and say what NumPy says."""
+        plain = self.plain
+        if self.evaluator is None:
+            steps = tuple(step for step in plain.program.steps if not isinstance(step, Store))
+            self.evaluator = Evaluator(replace(plain.program, steps=steps), self.context, math.prod(self.kernel.piece_sizes))
+        evaluator = self.evaluator
+        with evaluator.errstate():
+            evaluator.begin(piece)
+            for box in blocks(piece, plain.grid.block_sizes):
+                values = evaluator.run(box)
+                if isinstance(plain, ReduceKernel):
+                    shape = tuple([p.stop - p.start for p in box])
+                    for spec in plain.specs:
+                        evaluator.current = (spec.label, spec.line)
+                        value = np.broadcast_to(values[spec.register], shape)
+                        REDUCTIONS[spec.kind].leaf(
+                            value.copy(), Part(box, plain.grid.shape, plain.axes), spec.state_dtypes, dict(spec.params)
+                        )
+
+    # --- reductions -------------------------------------------------------------------------------------------------------
+
+    def _prepare_states(self, plain: ReduceKernel) -> None:
+        """Lay out scratch and the states of a piece: kept axes in the order of the loops, the inner one padded to whole strips."""
+        kernel, s, words, where = self.kernel, self.kernel.structure, self.words, self.where
+        self.rows = [REDUCTIONS[spec.kind] for spec in plain.specs]
+        self.params = [dict(spec.params) for spec in plain.specs]
+        is_across = not s.reduced[-1]
+        scratch = np.empty(kernel.scratch_nbytes + 64, np.uint8)
+        self.keep.append(scratch)
+        words[where.scratch] = -(-scratch.ctypes.data // 64) * 64
+        self.partials = [[open_window(self.context, o) for o in spec.partials] for spec in plain.specs]
+        self.outs: list[Window | Staged | None] = [
+            None if spec.out is None else stage(open_window(self.context, spec.out)) for spec in plain.specs
+        ]
+        # Places count in C order over the reduced axes of the whole array.
+        self.place_strides = {}
+        step = 1
+        for a in reversed(plain.axes):
+            self.place_strides[a] = step
+            step *= plain.grid.shape[a]
+        for loop, axes in enumerate(kernel.loops):
+            if s.reduced[loop] and axes:
+                words[where.place_strides + loop] = self.place_strides[axes[-1]]
+        self.kept_loops = [axes for axes, reduced in zip(kernel.loops, s.reduced, strict=True) if not reduced]
+        self.is_across = is_across
+
+    def _new_states(self, piece: Box) -> list[tuple[np.ndarray[Any, Any], ...]]:
+        """Return arrays for the states of a piece, in the order of its axes, and enter them."""
+        s, words, where, axes = self.kernel.structure, self.words, self.where, self.plain.axes  # type: ignore[union-attr]
+        order = [a for loop in self.kept_loops for a in loop]
+        counts = [piece[a].stop - piece[a].start for a in order]
+        grouped = [math.prod(piece[a].stop - piece[a].start for a in loop) for loop in self.kept_loops]
+        padded = list(grouped)
+        if self.is_across:
+            padded[-1] = -(-padded[-1] // s.lanes) * s.lanes
+        step = 1
+        loops = [loop for loop, reduced in enumerate(s.reduced) if not reduced]
+        for loop, n in zip(reversed(loops), reversed(padded), strict=True):
+            words[where.state_strides + loop] = step
+            step *= n
+        others = [a for a in range(len(piece)) if a not in order]  # reduced, or of length 1 in a piece
+        back = np.argsort([*order, *others])
+        used: Any = (*(slice(0, n) for n in grouped), ...)  # the dots: 0-d stays an array
+        states = []
+        word = where.states
+        for form in s.folds:
+            mine = []
+            for dtype in map(np.dtype, form.states):
+                array = np.empty(step, dtype)
+                words[word] = array.ctypes.data
+                word += 1
+                whole = array.reshape(padded)[used]
+                mine.append(whole.reshape([*counts, *(1 for _ in others)]).transpose(back))
+            states.append(tuple(mine))
+        words[where.first_place] = sum(piece[a].start * self.place_strides[a] for a in axes)
+        return states
+
+    def _run_reduce(self, index: int) -> None:
+        plain = self.plain
+        assert isinstance(plain, ReduceKernel)
+        grid, axes, sizes = plain.grid, plain.axes, self.kernel.piece_sizes
+        tile = grid.box(index)
+        split = split_number(grid, axes, tile)
+        kept = tuple([slice(0, 1) if a in axes else p for a, p in enumerate(tile)])
+        for out in self.outs:
+            if isinstance(out, Staged):
+                out.begin(kept)
+        kept_sizes = tuple([1 if a in axes else n for a, n in enumerate(sizes)])
+        reduced = tuple([p if a in axes else slice(0, 1) for a, p in enumerate(tile)])
+        reduced_sizes = tuple([n if a in axes else 1 for a, n in enumerate(sizes)])
+        for kept_piece in blocks(kept, kept_sizes):
+            trees = [Tree(row.combine) for row in self.rows]
+            for reduced_piece in blocks(reduced, reduced_sizes):
+                piece = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_piece, reduced_piece, strict=True))])
+                count = 1
+                for a in axes:
+                    count *= piece[a].stop - piece[a].start
+                states = self._new_states(piece)
+                self._call(piece)
+                self._commit(piece)
+                for tree, state in zip(trees, states, strict=True):
+                    tree.push(state, count)
+            for spec, row, extra, tree, windows, out in zip(
+                plain.specs, self.rows, self.params, trees, self.partials, self.outs, strict=True
+            ):
+                with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warner(spec.label, spec.line)):
+                    merged, count = tree.result()
+                    if out is not None:
+                        put(out, kept_piece, row.finish(merged, count, spec.dtype, extra))
+                for window, state in zip(windows, merged, strict=False):
+                    put(window, (slice(split, split + 1), *kept_piece), state[None])
+        for out in self.outs:
+            if isinstance(out, Staged):
+                out.flush(kept)
+
+    def _warner(self, label: str, line: str) -> Callable[[str, int], None]:
+        return lambda problem, flag: self.context.warn("RuntimeWarning", f"{problem} encountered in {label}", line)

@@ -1,0 +1,84 @@
+"""What the code of a kernel depends on, and where its arguments stand: plain values, for whoever writes the code and whoever calls it.
+
+    args (int64 words):  operand addresses | counts per loop | strides per operand and loop | scalars, 16 bytes each
+                         | scratch | state addresses | per loop: stride of states in items, stride of places | first place
+
+Never put here: LLVM, addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["BLOCK_ITEMS", "LEAF_STRIPS", "MOST_LEVELS", "Arguments", "FoldForm", "OperandForm", "StepForm", "Structure"]
+
+LEAF_STRIPS = 64  # strips (or rows) of a leaf: a lane adds so many values one after the other, pairs of leaves above
+MOST_LEVELS = 40  # of the tree: 2**40 leaves
+BLOCK_ITEMS = 1024  # items of the inner loop that a reduction across it keeps accumulators for: they stay in the first cache
+
+
+@dataclass(frozen=True, slots=True)
+class OperandForm:
+    """How an operand is reached: ``inner`` is "still", "forward", "backward" or "strided"; ``moves``: in which loops it moves."""
+
+    dtype: str
+    inner: str
+    moves: tuple[bool, ...]
+    is_loaded: bool
+    is_stored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepForm:
+    """``kind`` "load" (operand), "scalar" (slot), "apply" or "store" (operand). ``args``: ("r", register), ("s", slot) or ("v", value)."""
+
+    kind: str
+    outs: tuple[int, ...]
+    place: int = -1
+    name: str = ""
+    args: tuple[tuple[str, Any], ...] = ()
+    dtypes: tuple[str, ...] = ()  # operands are cast to
+    results: tuple[str, ...] = ()
+    params: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FoldForm:
+    kind: str
+    register: int
+    given: str
+    states: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the code of a kernel depends on, as plain values: equal structures share one compiled kernel."""
+
+    lanes: int
+    reduced: tuple[bool, ...]  # per loop, outermost first
+    operands: tuple[OperandForm, ...]
+    registers: tuple[tuple[str, bool], ...]  # dtype, whether it varies along the inner loop
+    steps: tuple[StepForm, ...]
+    nscalars: int
+    folds: tuple[FoldForm, ...] = ()
+
+
+class Arguments:
+    """Where each argument stands, in int64 words."""
+
+    def __init__(self, s: Structure) -> None:
+        operands, loops = len(s.operands), len(s.reduced)
+        self.loops = loops
+        self.counts = operands
+        self.strides = self.counts + loops
+        self.scalars = self.strides + operands * loops
+        self.scratch = self.scalars + 2 * s.nscalars
+        self.states = self.scratch + 1
+        self.state_strides = self.states + sum(len(f.states) for f in s.folds)
+        self.place_strides = self.state_strides + loops
+        self.first_place = self.place_strides + loops
+        self.count = self.first_place + 1
+
+    def stride(self, operand: int, loop: int) -> int:
+        return self.strides + operand * self.loops + loop
