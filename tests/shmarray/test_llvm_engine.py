@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import shmarray as sa
 from shmarray import engines
-from shmarray.compute import plan_of
+from shmarray.compute import current_pool, plan_of
+from shmarray.plan import Target, build_plan
 
 pytest.importorskip("llvmlite", reason="the compiled engine needs llvmlite (extra jit)")
 
+from shmarray.kernels.llvm import engine, objects
 from shmarray.kernels.llvm import kernel as kernels
-from shmarray.kernels.llvm import objects
 from shmarray.kernels.llvm.kernel import CompiledKernel
 from shmarray.kernels.llvm.nest import Traffic, choose_nest
 
@@ -119,6 +120,35 @@ def test_values_made_from_positions_are_operands() -> None:
     assert is_compiled(result)
     np.testing.assert_array_equal(result.compute(), a * np.arange(90.0) + np.arange(70.0)[:, None])
     np.testing.assert_allclose(result.sum(axis=0).compute(), (a * np.arange(90.0) + np.arange(70.0)[:, None]).sum(axis=0))
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4", "i2", "?", "c16"])
+@pytest.mark.parametrize("shape", [(700_001,), (1000, 1024), (999, 1000), (3, 500, 600)])
+def test_large_results_are_written_past_the_caches(shape: tuple[int, ...], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "STREAMED_NBYTES", 1 << 20)
+    a = values(shape, dtype)
+    x = sa.asarray(a).persist()
+    target = sa.zeros((shape[0] + 1, *shape[1:]), dtype=dtype).persist()
+
+    np.testing.assert_array_equal((x + x).persist().compute(), a + a)
+    np.add(x, x, out=target[1:])  # may begin anywhere in a line of cache
+    np.testing.assert_array_equal(target[1:].compute(), a + a)
+    np.add(x.T, x.T, out=target[:-1].T)
+    np.testing.assert_array_equal(target[:-1].compute(), a + a)
+
+
+def test_results_that_are_small_or_not_aligned_stay_in_cache() -> None:
+    def streams(expression: Any, target: Any) -> bool:
+        layers = build_plan(
+            [expression.node], [Target(target.shape, target.dtype, storage=target._storage, layout=target._layout)], current_pool()
+        )
+        (form,) = [o for o in layers.layers[0].kernel.structure.operands if o.is_stored]
+        return form.streams
+
+    x = sa.zeros(9_000_001).persist()
+    assert streams(x[1:] * 2, x.copy().persist()[:-1])
+    assert not streams(x[1:] * 2, x.copy().persist()[1:])
+    assert not streams(x[:1000] * 2, x.copy().persist()[:1000])
 
 
 # ------------------------------------------------------------------------------------------------------------ reductions
@@ -260,6 +290,23 @@ def test_warnings_are_numpys(where: str) -> None:
             function(a, np)
         assert {str(w.message) for w in ours} == {str(w.message) for w in numpys}
         assert all(w.filename == __file__ for w in ours)
+
+
+def test_updates_in_place_warn_as_numpy_does() -> None:
+    for update in (lambda v: np.divide(v, 0.0, out=v), lambda v: np.multiply(v, 1e200, out=v), lambda v: np.add(v, -v, out=v)):
+        a = np.array([1e300, -np.inf, 0.0, 1.0] * 100)
+        x = sa.asarray(a).persist()
+        caught = []
+        for target in (a, x):
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                update(target)
+            caught.append({str(w.message) for w in seen})
+        assert caught[0] == caught[1] and caught[0]
+        np.testing.assert_array_equal(x.compute(), a)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x /= 0
 
 
 def test_errstate_raise_is_raised() -> None:

@@ -19,10 +19,19 @@ from shmarray.kernels.llvm.lower import LOWERINGS, loop_dtypes
 from shmarray.kernels.llvm.module import write_module
 from shmarray.kernels.llvm.nest import Nest, Traffic, choose_nest, lanes_of
 from shmarray.kernels.llvm.objects import object_for, optimised
-from shmarray.kernels.llvm.structure import BLOCK_ITEMS, LEAF_STRIPS, MOST_LEVELS, FoldForm, OperandForm, StepForm, Structure
+from shmarray.kernels.llvm.structure import (
+    BLOCK_ITEMS,
+    LEAF_STRIPS,
+    MOST_LEVELS,
+    STRIP_ALIGNMENT,
+    FoldForm,
+    OperandForm,
+    StepForm,
+    Structure,
+)
 from shmarray.kernels.llvm.target import machine
 from shmarray.kernels.numpy import MapKernel
-from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Store
+from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Store
 from shmarray.kernels.reduce import ReduceKernel
 from shmarray.region import c_strides
 
@@ -30,6 +39,8 @@ __all__ = ["NotLowered", "assembly", "compiled"]
 
 PIECE_ITEMS = 1 << 15  # what goes through scratch at once: it stays in cache
 STAGED_ITEMS = 1 << 17  # from the driver's memory: one system call for a megabyte
+STREAMED_NBYTES = 64 << 20  # larger results are written past the caches: no line is read only to be overwritten
+_EXACT = frozenset({"add", "subtract", "multiply", "divide", "sqrt"})  # their flags are IEEE 754's, and NumPy's
 REDUCED_ITEMS = 1 << 20  # of a reduction's tile: so that what is copied stays small beside the arrays, and merging pieces costs nothing
 
 
@@ -51,6 +62,7 @@ def compiled(plain: PlainKernel, is_remote: Callable[[int], bool]) -> CompiledKe
         b"".join(draft.scalars),
         _scratch_nbytes(structure, math.prod(draft.piece_sizes[a] for a in draft.axes)),
         any(mode.get(kind) == "raise" for mode in modes for kind in said),
+        draft.blamed,
         isinstance(plain, MapKernel) and all(mode.get(kind) == "ignore" for mode in modes for kind in said),
         object_for(repr(structure), lambda: write_module(structure, machine())),
     )
@@ -82,7 +94,8 @@ class _Draft:
         self.scalars: list[bytes] = []
         loaded = {s.operand for s in program.steps if isinstance(s, Load)}
         stored = {s.operand for s in program.steps if isinstance(s, Store)}
-        self.aside = sorted(loaded & stored)
+        self.blamed = _only_suspect(program)
+        self.aside = [] if self.blamed is not None else sorted(loaded & stored)
         self.loaded, self.stored = loaded, stored
         remote = {k for k, o in enumerate(program.operands) if is_remote(o.buffer)}
         self.piece_sizes = plain.grid.sizes
@@ -106,10 +119,10 @@ class _Draft:
     def _traffic(self, number: int, o: Operand, is_copied: bool) -> Traffic:
         strides = tuple(0 if n == 1 else stride for n, stride in zip(o.shape, o.strides, strict=True))
         if not is_copied:
-            return Traffic(strides, o.dtype.itemsize)
+            return Traffic(strides, o.dtype.itemsize, offset=o.offset)
         moving = [n if stride else 1 for n, stride in zip(o.shape, strides, strict=True)]
         ordered = tuple(s if n > 1 else 0 for n, s in zip(moving, c_strides(moving, o.dtype.itemsize), strict=True))
-        return Traffic(strides, o.dtype.itemsize, exact=strides == ordered)
+        return Traffic(strides, o.dtype.itemsize, exact=strides == ordered, is_copied=True)
 
     def _fill_traffic(self, step: FillStep) -> Traffic:
         itemsize = self.program.registers[step.out].dtype.itemsize
@@ -130,7 +143,17 @@ class _Draft:
                 inner = "backward"
         elif is_stored:
             inner = "strided"  # one item, or one again and again: of a strip only those that count are stored
-        return OperandForm(dtype.str, inner, moves, is_loaded, is_stored)
+        streams = is_stored and inner == "forward" and self._streams(traffic, dtype)
+        return OperandForm(dtype.str, inner, moves, is_loaded, is_stored, streams)
+
+    def _streams(self, traffic: Traffic, dtype: np.dtype[Any]) -> bool:
+        """Whether an array is so large that nothing of it stays in cache, and every strip of every tile is aligned."""
+        shape, sizes = self.program.shape, self.piece_sizes
+        if math.prod(shape) * dtype.itemsize < STREAMED_NBYTES or traffic.is_copied or traffic.offset % STRIP_ALIGNMENT:
+            return False
+        starts = [size * stride for n, size, stride in zip(shape, sizes, traffic.strides, strict=True) if size < n]
+        rows = [traffic.strides[a] for loop in self.nest.loops[:-1] for a in loop.axes]
+        return self.lanes * dtype.itemsize % STRIP_ALIGNMENT == 0 and all(step % STRIP_ALIGNMENT == 0 for step in (*starts, *rows))
 
     def structure(self) -> Structure:
         program, shape = self.program, self.program.shape
@@ -195,6 +218,19 @@ class _Draft:
     def _slot(self, value: Any, dtype: np.dtype[Any]) -> int:
         self.scalars.append(_exact_scalar(value, dtype).tobytes().ljust(16, b"\0"))
         return len(self.scalars) - 1
+
+
+def _only_suspect(program: Program) -> Apply | None:
+    """Return the one step that can have raised a flag, where one is all there is and its flags are exact: ``x += y``.
+
+    Its flags need no second look, so that its target can be written at once, though it is read.
+    """
+    steps = [step for step in program.steps if isinstance(step, Apply)]
+    if len(steps) != 1 or steps[0].name not in _EXACT or any(mode == "raise" for _, mode in steps[0].errstate):
+        return None
+    dtypes = {program.registers[value].dtype for kind, value in steps[0].args if kind == "r"}
+    dtypes |= {o.dtype for o in program.operands} | {program.registers[r].dtype for r in steps[0].outs}
+    return steps[0] if len(dtypes) == 1 and dtypes.pop().kind in "fiu" else None
 
 
 def _scalar_type(value: Any) -> Any:

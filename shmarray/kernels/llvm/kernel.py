@@ -21,9 +21,9 @@ import numpy as np
 from scheduler.segments import Remote
 from scheduler.task import Context
 from shmarray.kernels.llvm.objects import load
-from shmarray.kernels.llvm.structure import Arguments, Structure
+from shmarray.kernels.llvm.structure import FLAGS, Arguments, Structure
 from shmarray.kernels.numpy import Evaluator, MapKernel, Staged, Window, fill_reader, open_window, put, stage
-from shmarray.kernels.program import FillStep, Program, Store
+from shmarray.kernels.program import Apply, FillStep, Program, Store
 from shmarray.kernels.reduce import ReduceKernel, Tree, split_number
 from shmarray.ops.reductions_table import REDUCTIONS, Part
 from shmarray.region import Box
@@ -32,6 +32,9 @@ from shmarray.tiles import Grid, blocks
 __all__ = ["CompiledKernel"]
 
 MOST_REPLAYS = 8  # a layer whose every piece raises flags is computed twice only so often per process
+_PROBLEMS = tuple(
+    (kind, FLAGS[kind], problem) for kind, problem in (("divide", "divide by zero"), ("over", "overflow"), ("invalid", "invalid value"))
+)
 PlainKernel = MapKernel | ReduceKernel
 
 
@@ -48,6 +51,7 @@ class CompiledKernel:
     scalars: bytes
     scratch_nbytes: int  # of accumulators and of the tree above the leaves
     raises: bool  # np.errstate says "raise" somewhere
+    blamed: Apply | None  # the step that all flags are of
     quiet: bool  # nothing is to be said of any flag
     code: bytes
 
@@ -171,7 +175,10 @@ class _Bound:
         flags = self.function(self.address)
         if flags and not self.kernel.quiet and (self.kernel.raises or self.replays < MOST_REPLAYS):
             self.replays += 1
-            self._replay(piece)
+            if self.kernel.blamed is not None:
+                self._blame(self.kernel.blamed, flags)
+            else:
+                self._replay(piece)
 
     def _commit(self, piece: Box) -> None:
         for _, target in self.flushed:
@@ -183,6 +190,12 @@ class _Bound:
         for piece in blocks(tile, sizes) if sizes != self.plain.grid.sizes else (tile,):
             self._call(piece)
             self._commit(piece)
+
+    def _blame(self, step: Apply, flags: int) -> None:
+        modes = dict(step.errstate)
+        for kind, bit, problem in _PROBLEMS:
+            if flags & bit and modes.get(kind, "warn") != "ignore":
+                self.context.warn("RuntimeWarning", f"{problem} encountered in {step.name}", step.line)
 
     def _replay(self, piece: Box) -> None:
         """Let the NumPy engine compute a piece, write nothing, and say what NumPy says."""

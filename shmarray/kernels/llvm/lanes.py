@@ -211,12 +211,12 @@ class Lanes:
 
     # --- choices ----------------------------------------------------------------------------------------------------------
 
-    def compare(self, op: str, x: Vec, y: Vec) -> ir.Value:
-        """Return i1 lanes of ``x op y`` (real dtypes): with NaN only ``!=`` holds."""
+    def compare(self, op: str, x: Vec, y: Vec, *, complains: bool = False) -> ir.Value:
+        """Return i1 lanes of ``x op y`` (real dtypes): with NaN only ``!=`` holds; what orders may raise the flag "invalid" for it."""
         if x.dtype.kind == "f":
             if op == "!=":
                 return self.builder.fcmp_unordered(op, x.real, y.real)
-            if op != "==" and self.has_quiet_order:
+            if op != "==" and not complains and self.has_quiet_order:
                 return self._quietly_ordered(op, x, y)
             return self.builder.fcmp_ordered(op, x.real, y.real)
         if x.dtype.kind == "i":

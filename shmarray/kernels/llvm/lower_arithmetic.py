@@ -72,7 +72,7 @@ def _complex_quotient(k: Lanes, x: Vec, y: Vec) -> Vec:
     part = part_dtype(x.dtype)
     a, b, c, d = (Vec(part, p) for p in (*x.parts, *y.parts))
     size_c, size_d = k.fabs(c), k.fabs(d)
-    is_first = k.compare(">=", size_c, size_d)
+    is_first = k.compare(">=", size_c, size_d, complains=True)  # as NumPy's comparison does
     large, small = k.select(is_first, c, d).real, k.select(is_first, d, c).real
     u, v = k.select(is_first, a, b).real, k.select(is_first, b, a).real
     ratio = build.fdiv(small, large)
@@ -103,7 +103,7 @@ def _complex_reciprocal(k: Lanes, x: Vec) -> Vec:
     build = k.builder
     part = part_dtype(x.dtype)
     c, d = (Vec(part, p) for p in x.parts)
-    is_first = k.compare("<=", k.fabs(d), k.fabs(c))
+    is_first = k.compare("<=", k.fabs(d), k.fabs(c), complains=True)
     large, small = k.select(is_first, c, d).real, k.select(is_first, d, c).real
     ratio = build.fdiv(small, large)
     total = build.fadd(large, build.fmul(small, ratio))

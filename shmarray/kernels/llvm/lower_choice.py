@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from shmarray.kernels.llvm.lanes import BOOL, FLOAT16, I1, Lanes, NotLowered, Vec, part_dtype
+from shmarray.kernels.llvm.lanes import BOOL, FLOAT16, Lanes, NotLowered, Vec, part_dtype
 from shmarray.kernels.llvm.lowering import Call, Dtypes, as_given, lowers, to_result
 
 Vecs = Sequence[Vec]
@@ -40,8 +40,8 @@ def _compare(k: Lanes, op: str, x: Vec, y: Vec) -> ir.Value:
     if op == "!=":
         return build.or_(k.compare(op, a, c), k.compare(op, b, d))
     number = build.not_(build.or_(k.is_nan(b), k.is_nan(d)))
-    first = build.and_(k.compare(op[0], a, c), number)
-    return build.or_(first, build.and_(k.compare("==", a, c), k.compare(op, b, d)))
+    first = build.and_(k.compare(op[0], a, c, complains=True), number)  # as NumPy, of NaN, in loops of complex values alone
+    return build.or_(first, build.and_(k.compare("==", a, c), k.compare(op, b, d, complains=True)))
 
 
 def _compare_signs(k: Lanes, op: str, x: Vec, y: Vec) -> ir.Value:
@@ -195,7 +195,14 @@ def _is_real(k: Lanes, xs: Vecs, call: Call) -> Vec:
 # --------------------------------------------------------------------------------------------------------- casts, choice
 
 
-@lowers("astype", dtypes=to_result)
+def _cast_dtypes(given: Sequence[Any], outs: Dtypes) -> tuple[Dtypes, Dtypes]:
+    (x,), _ = as_given(given, outs)
+    if x.kind == "c" and outs[0].kind not in "bc":
+        raise NotLowered("cast of complex values to real ones, of which NumPy warns")
+    return outs, outs
+
+
+@lowers("astype", dtypes=_cast_dtypes)
 def _astype(k: Lanes, xs: Vecs, call: Call) -> Vec:
     return xs[0]
 
@@ -254,6 +261,3 @@ def _isclose(k: Lanes, xs: Vecs, call: Call) -> Vec:
     if settings["equal_nan"]:
         found = build.or_(found, build.and_(k.is_nan(x), k.is_nan(y)))
     return Vec(BOOL, found)
-
-
-_ = I1

@@ -118,23 +118,18 @@ for _name in ("rad2deg", "degrees"):
     _scaled(_name, 180.0 / math.pi, np.float32(180) / np.float32(math.pi))
 
 
-@lowers("logaddexp", "logaddexp2")
+@lowers("logaddexp")
 def _logaddexp(k: Lanes, xs: Vecs, call: Call) -> Vec:
-    """npy_logaddexp: the larger one and what the difference adds to it."""
+    """npy_logaddexp: the larger one and what the difference adds to it. Infinities of one sign have no difference."""
     x, y = xs
     build, dtype = k.builder, x.dtype
     gap = Vec(dtype, build.fsub(x.real, y.real))
-    below = Vec(dtype, build.fneg(k.fabs(gap).real))
     larger = k.select(k.compare(">", gap, k.constant(0, dtype)), x, y)
-    if call.name == "logaddexp":
-        more, same = k.math("log1p", k.math("exp", below)).real, math.log(2.0)
-    else:
-        log2e = k.constant(math.log2(math.e), dtype).real
-        more, same = build.fmul(log2e, k.math("log1p", k.math("exp2", below)).real), 1.0
+    more = k.math("log1p", k.math("exp", Vec(dtype, build.fneg(k.fabs(gap).real))))
     k.flag(k.is_nan(gap), "invalid")  # NumPy's comparison says so of NaN
-    found = k.select(k.is_nan(gap), gap, Vec(dtype, build.fadd(larger.real, more)))
-    # Infinities of one sign have no difference.
-    return k.select(k.compare("==", x, y), Vec(dtype, build.fadd(x.real, k.constant(same, dtype).real)), found)
+    found = k.select(k.is_nan(gap), gap, Vec(dtype, build.fadd(larger.real, more.real)))
+    double = Vec(dtype, build.fadd(x.real, k.constant(math.log(2.0), dtype).real))
+    return k.select(k.compare("==", x, y), double, found)
 
 
 @lowers("sinc", dtypes=to_result)

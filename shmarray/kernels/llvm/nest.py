@@ -26,6 +26,8 @@ class Traffic:
     strides: tuple[int, ...]
     itemsize: int
     exact: bool = True
+    is_copied: bool = False
+    offset: int = 0  # in bytes, of its first item in its buffer
 
 
 @dataclass(frozen=True, slots=True)

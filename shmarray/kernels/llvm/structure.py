@@ -8,25 +8,44 @@ Never put here: LLVM, addresses.
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["BLOCK_ITEMS", "LEAF_STRIPS", "MOST_LEVELS", "Arguments", "FoldForm", "OperandForm", "StepForm", "Structure"]
+__all__ = [
+    "BLOCK_ITEMS",
+    "FLAGS",
+    "LEAF_STRIPS",
+    "MOST_LEVELS",
+    "STRIP_ALIGNMENT",
+    "Arguments",
+    "FoldForm",
+    "OperandForm",
+    "StepForm",
+    "Structure",
+]
 
+# fenv.h's numbers of what the processor notes, by np.errstate's names.
+FLAGS = {"invalid": 1, "divide": 2, "over": 4} if platform.machine() == "aarch64" else {"invalid": 1, "divide": 4, "over": 8}
 LEAF_STRIPS = 64  # strips (or rows) of a leaf: a lane adds so many values one after the other, pairs of leaves above
 MOST_LEVELS = 40  # of the tree: 2**40 leaves
+STRIP_ALIGNMENT = 64  # bytes: a line of cache, and the widest vector
 BLOCK_ITEMS = 1024  # items of the inner loop that a reduction across it keeps accumulators for: they stay in the first cache
 
 
 @dataclass(frozen=True, slots=True)
 class OperandForm:
-    """How an operand is reached: ``inner`` is "still", "forward", "backward" or "strided"; ``moves``: in which loops it moves."""
+    """How an operand is reached: ``inner`` is "still", "forward", "backward" or "strided"; ``moves``: in which loops it moves.
+
+    ``streams``: stored past the caches, every strip at a multiple of `STRIP_ALIGNMENT`.
+    """
 
     dtype: str
     inner: str
     moves: tuple[bool, ...]
     is_loaded: bool
     is_stored: bool
+    streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,13 @@ from llvmlite import ir
 
 from shmarray.kernels.llvm.lanes import I1, I8, I32, I64, Lanes, Vec, element_type
 from shmarray.kernels.llvm.lower import Call, lower
-from shmarray.kernels.llvm.structure import Arguments, OperandForm, StepForm, Structure
+from shmarray.kernels.llvm.structure import FLAGS, STRIP_ALIGNMENT, Arguments, OperandForm, StepForm, Structure
 from shmarray.kernels.llvm.target import Machine
 
 __all__ = ["PTR", "Writer", "i32", "i64"]
 
 PTR = ir.PointerType()
-_FLAGS = {"invalid": 1, "divide": 4, "over": 8}
-_ALL_FLAGS = sum(_FLAGS.values())
+_ALL_FLAGS = sum(FLAGS.values())
 
 
 class Writer:
@@ -56,6 +55,8 @@ class Writer:
     def finish(self) -> ir.Module:
         """Return the module; nothing can be built after."""
         build = self.builder
+        if any(o.streams for o in self.s.operands):
+            build.fence("seq_cst")  # what streams is not ordered: others may be told of it only when it has arrived
         build.ret(build.or_(self._test_flags(), build.load(self.flags, typ=I32)))
         self.setup.branch(self._entered)
         return self.module
@@ -100,7 +101,7 @@ class Writer:
 
     def _note(self, condition: ir.Value, problem: str) -> None:
         build = self.builder
-        bit = build.select(condition, i32(_FLAGS[problem]), i32(0))
+        bit = build.select(condition, i32(FLAGS[problem]), i32(0))
         build.store(build.or_(build.load(self.flags, typ=I32), bit), self.flags)
 
     # --- loops ------------------------------------------------------------------------------------------------------------
@@ -383,7 +384,7 @@ class Writer:
         value = self.lanes.convert(value, dtype)
         build, lanes = self.builder, self.s.lanes
         if o.inner == "forward":
-            self.store_lanes(value, pointer)
+            self.store_lanes(value, pointer, streams=o.streams)
             return
         if o.inner == "backward":
             at = self.at(pointer, i64(-(lanes - 1) * dtype.itemsize))
@@ -395,17 +396,19 @@ class Writer:
             if lane + 1 < lanes:
                 at = self.at(at, stride)
 
-    def store_lanes(self, value: Vec, pointer: ir.Value) -> None:
+    def store_lanes(self, value: Vec, pointer: ir.Value, *, streams: bool = False) -> None:
         build = self.builder
+        lanes = value.real.type.count
         if value.dtype.kind == "b":
-            build.store(build.zext(value.real, ir.VectorType(I8, value.real.type.count)), pointer, align=1)
+            memory = build.zext(value.real, ir.VectorType(I8, lanes))
         elif value.imag is not None:
-            lanes = value.real.type.count
             mixed = [lane + part * lanes for lane in range(lanes) for part in (0, 1)]
-            both = build.shuffle_vector(value.real, value.imag, ir.Constant(ir.VectorType(I32, 2 * lanes), mixed))
-            build.store(both, pointer, align=1)
+            memory = build.shuffle_vector(value.real, value.imag, ir.Constant(ir.VectorType(I32, 2 * lanes), mixed))
         else:
-            build.store(value.real, pointer, align=1)
+            memory = value.real
+        store = build.store(memory, pointer, align=STRIP_ALIGNMENT if streams else 1)
+        if streams:
+            store.set_metadata("nontemporal", self.module.add_metadata([i32(1)]))
 
     def _store_item(self, value: Vec, pointer: ir.Value) -> None:
         build = self.builder
