@@ -34,7 +34,7 @@ chunks expr
 storage kernels.program
 handle travel
 optimise kernels.numpy fuse
-kernels.reduce kernels.scan
+kernels.reduce kernels.scan kernels.sources passes
 plan
 compute
 ops.elementwise ops.random
@@ -48,12 +48,12 @@ __init__
 # What shmarray takes from scheduler: words of plans (task), the door (run), names of errors, bytes as text, and in the kernels
 # memory that lies in another process.
 DOORS = {
-    "scheduler.task": {"array", "compute", "plan", "storage", "kernels.numpy", "kernels.reduce", "kernels.scan"},
+    "scheduler.task": {"array", "compute", "plan", "storage", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources"},
     "scheduler.run": {"__init__", "compute", "plan", "storage"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {"array", "chunks", "config"},
-    "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan"},
+    "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources"},
     "scheduler.locks": {"array", "storage"},
     "scheduler.results": {"plan"},
 }
