@@ -9,7 +9,7 @@ means (`ops`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +136,12 @@ def put(window: Window | Tiled, box: Box, values: NDArray) -> None:
 
 
 class Evaluator:
-    """A program bound to one process's memory: `run` executes it on a block and leaves the registers in a list."""
+    """A program bound to one process's memory: `run` executes it on a block and leaves the registers in a list.
 
-    def __init__(self, program: Program, context: Context, tile_items: int = 0) -> None:
+    ``results``: registers that are read from there, which no later step may write over.
+    """
+
+    def __init__(self, program: Program, context: Context, tile_items: int = 0, results: Iterable[int] = ()) -> None:
         self.program = program
         self.context = context
         self.windows: list[Window | Tiled] = [
@@ -155,7 +158,7 @@ class Evaluator:
                     (self.flushed if k in stored_to else self.fetched).append(staged)
         self.layouts: dict[tuple[int, ...], Values] = {}
         self.current = ("", "")  # (operation, user's line) that runs now, for warnings
-        self.slots = _assign_slots(program)
+        self.slots = _assign_slots(program, results)
         self.scratch: dict[int, NDArray] = {}
         stored = {step.register: step.operand for step in program.steps if isinstance(step, Store)}
         self.steps: list[Callable[[Values, Box], None]] = []
@@ -387,7 +390,7 @@ def _constant(step: Constant, ndim: int) -> Callable[[Values, Box], None]:
     return constant
 
 
-def _assign_slots(program: Program) -> list[int | None]:
+def _assign_slots(program: Program, results: Iterable[int]) -> list[int | None]:
     """Give registers that `Apply` writes a scratch slot each, reusing the slot of a register whose last reader has run.
 
     A row that allows it writes over an operand that dies with it: fewer bytes in cache.
@@ -401,6 +404,7 @@ def _assign_slots(program: Program) -> list[int | None]:
         elif isinstance(step, Store):
             last[step.register] = position
     never_dies = len(program.steps)
+    last.update(dict.fromkeys(results, never_dies))
     slots: list[int | None] = [None] * len(program.registers)
     free: dict[tuple[np.dtype[Any], tuple[bool, ...]], list[int]] = {}
     count = 0

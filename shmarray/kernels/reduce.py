@@ -87,7 +87,7 @@ class ReduceKernel:
 
     def bind(self, context: Context) -> Callable[[int], None]:
         grid, axes = self.grid, self.axes
-        evaluator = Evaluator(self.program, context, math.prod(grid.sizes))
+        evaluator = Evaluator(self.program, context, math.prod(grid.sizes), [spec.register for spec in self.specs])
         sizes = grid.block_sizes
         rows = [REDUCTIONS[spec.kind] for spec in self.specs]
         params = [dict(spec.params) for spec in self.specs]
