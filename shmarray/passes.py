@@ -209,15 +209,16 @@ def _ways(nodes: list[Expr], memory: frozenset[Expr], made: set[Expr]) -> tuple[
                 assert isinstance(node, Assemble)
                 edges, unfit = _assembled_edges(node, ways, memory)
                 misfits |= unfit
-        making = Making(
+        depth = 1 + max((w.depth for w in inner), default=0)
+        if depth > MOST_NESTED:
+            misfits.update(below)
+            depth = 1
+        ways[node] = Making(
             edges,
             any(w.is_isolated for w in inner) or (isinstance(node, Block) and node.operation.isolated),
             any(w.is_foreign for w in inner) or isinstance(node, Foreign),
-            1 + max((w.depth for w in inner), default=0),
+            depth,
         )
-        ways[node] = making
-        if making.depth > MOST_NESTED:
-            misfits.update(below)
     return ways, misfits
 
 

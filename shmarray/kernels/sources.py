@@ -10,7 +10,7 @@ Never put here: which nodes are made within a task (`passes`), grids (`tiles`).
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ class BlockSource:
         """Name a box of the grid in errors."""
         if not self.operation.isolated:
             return f"part {self.operation.label(at)}"
-        return f"chunk {tuple(bisect_left(axis, piece.start) for axis, piece in zip(self.edges, at, strict=True))}"
+        return f"chunk {tuple(bisect_right(axis, piece.start, 0, len(axis) - 1) - 1 for axis, piece in zip(self.edges, at, strict=True))}"
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         first = tuple(slice(axis[0], axis[1]) for axis in self.edges)
