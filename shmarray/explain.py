@@ -21,6 +21,7 @@ from shmarray.compute import current_pool
 from shmarray.config import config
 from shmarray.handle import Handle
 from shmarray.kernels.program import Apply, Operand
+from shmarray.kernels.sources import BlockKernel, ForeignSource
 from shmarray.plan import LayerOutline, Outline, Space, outline
 
 __all__ = ["Explanation", "explain"]
@@ -129,13 +130,13 @@ class _Writer:
 
     def _engine(self, layer: Layer, told: LayerOutline) -> tuple[str, str]:
         kernel: Any = told.kernel
-        grid = getattr(kernel, "grid", None) or kernel.boxes
+        grid = kernel.grid
         first, last = grid.box(0), grid.box(layer.ntasks - 1)
         sizes = tuple(piece.stop - piece.start for piece in first)
         tasks = "1 task" if layer.ntasks == 1 else f"{layer.ntasks:,} tasks of {sizes}"
         where = f"{tasks} over {tuple(piece.stop for piece in last)}"
         if layer.place == "driver":
-            return "numpy", f"{where}, in this process: no other can read the source"
+            where += ", in this process: no other can read the source"
         return ("numpy", f"{where}; not compiled: {told.why_not_compiled}") if told.why_not_compiled else ("llvm", where)
 
     def _operations(self, told: LayerOutline) -> str:
@@ -164,8 +165,7 @@ class _Writer:
 
     def _read_nbytes(self, number: int) -> int:
         told = self.found.layers[number]
-        # What the driver reads from a source is what it writes: the source itself is no buffer.
-        return self._nbytes(told.stores if self.plan.layers[number].place == "driver" else told.loads)
+        return self._nbytes(told.loads) + sum(nbytes for _, nbytes in _foreign(told))
 
     def _read_text(self, number: int) -> str:
         told = self.found.layers[number]
@@ -176,8 +176,7 @@ class _Writer:
             if buffer not in self.names and address is not None:
                 kinds["NumPy array" if address.segment == DRIVER else "stored array"] += 1
         sources = [_count(n, kind) for kind, n in kinds.items()] + [self.names[b] for b in buffers if b in self.names]
-        if self.plan.layers[number].place == "driver":
-            sources.append(f"a {type(getattr(told.kernel, 'source', None)).__name__}")
+        sources += [f"a {name}" for name, _ in _foreign(told)]
         return f"{format_bytes(self._read_nbytes(number))} ({', '.join(sources)})" if sources else "nothing"
 
     def _written_text(self, told: LayerOutline) -> str:
@@ -243,3 +242,14 @@ def _short_line(line: str, room: int) -> str:
     below = os.getcwd() + os.sep
     line = line.removeprefix(below)
     return line if len(line) <= room else "..." + line[3 - room :]
+
+
+def _foreign(told: LayerOutline) -> list[tuple[str, int]]:
+    """Return what only the driver can read of what a layer reads: the type's name, and bytes."""
+    kernel: Any = told.kernel
+    if isinstance(kernel, BlockKernel):
+        made = [(kernel.source, math.prod(kernel.out.shape) * kernel.out.dtype.itemsize)]
+    else:
+        operands = kernel.program.made if hasattr(kernel, "program") else ()
+        made = [(o.source, math.prod(o.shape) * o.dtype.itemsize) for o in operands]
+    return [(type(source.source).__name__, nbytes) for source, nbytes in made if isinstance(source, ForeignSource)]

@@ -236,6 +236,10 @@ class BlockOperation:
         """Return the box of every input that the box ``at`` of the output needs."""
         raise NotImplementedError
 
+    def asks_once(self, k: int) -> tuple[tuple[int, ...], ...] | None:
+        """Return, per axis, the edges of the boxes of input ``k`` that `needs` asks for, when each is asked for exactly once."""
+        return None
+
     def run(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
         """Fill ``out``, the box ``at`` of the output."""
         raise NotImplementedError

@@ -7,7 +7,6 @@ Never put here: which nodes get memory and which layers there are (`plan`), how 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -74,8 +73,13 @@ class ProgramWriter:
         self.nbytes += place.dtype.itemsize
 
     def cost(self, grid: Grid) -> int:
-        """Return what a tile is worth, in bytes of memory traffic."""
-        return max(1, (self.nbytes + 2 * self.weight) * math.prod(grid.sizes))
+        """Return what a task is worth, in bytes of memory traffic."""
+        return max(1, self.rate * grid.items_per_task)
+
+    @property
+    def rate(self) -> int:
+        """What an item is worth, in bytes of memory traffic."""
+        return self.nbytes + 2 * self.weight
 
     def program(self) -> Program:
         return Program(self.shape, tuple(self.operands), tuple(self.registers), tuple(self.steps))

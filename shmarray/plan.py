@@ -2,20 +2,20 @@
 
     roots --optimise--> nodes --memory nodes, levels--> groups --programs, grids--> layers --hazards--> scheduler.task.Plan
 
-A *memory node* has bytes of its own: a root, a reduction, scan, block, assembly or reshape, a kept elementwise node, a source
-only the driver reads. Everything elementwise between memory nodes is fused into the layers that need it, computed again rather than
-stored where that is cheap. Memory nodes of one level and one iteration space that read the same source share a layer, so
-``mean`` and ``std`` of one array read it once.
+A *memory node* has bytes of its own: a root, a reduction, scan or reshape, a kept elementwise node, and a block, assembly or source
+only the driver reads that is not made within the tasks of the one pass that reads it (`passes`). Everything elementwise between memory
+nodes is fused into the layers that need it, computed again rather than stored where that is cheap. Memory nodes of one level and one
+iteration space that read the same source share a layer, so ``mean`` and ``std`` of one array read it once.
 
 Promises: cost grows with nodes, not with tiles or chunks; a layer depends on every earlier layer that wrote what it reads, and
 on those that touched what it writes.
-Never put here: how kernels compute, who runs tasks.
+Never put here: which nodes share a pass (`passes`), how kernels compute, who runs tasks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +43,30 @@ from shmarray.expr import (
     postorder,
 )
 from shmarray.fuse import ProgramWriter, broadcast_operand, crossing_axes, is_leaf, memory_order
-from shmarray.kernels.numpy import BlockGrid, BlockKernel, CopyInKernel, MapKernel
-from shmarray.kernels.program import Load, Operand, Program, Register, Store
+from shmarray.kernels.numpy import MapKernel
+from shmarray.kernels.program import NO_BUFFER, Load, Operand, Program, Register, Source, Store
 from shmarray.kernels.reduce import FinishKernel, ReduceKernel, ReduceSpec
 from shmarray.kernels.scan import CarryKernel, ScanKernel
+from shmarray.kernels.sources import BlockKernel, BlockSource, ForeignSource, Piece, PiecesSource
 from shmarray.ops.reductions_table import REDUCTIONS
 from shmarray.optimise import optimise, weight_below
+from shmarray.passes import Division, Making, Pass, divide, inside, source_edges
 from shmarray.region import IndexMap, c_strides
 from shmarray.storage import Layout, Storage
-from shmarray.tiles import BLOCK_ITEMS, ENOUGH_TASKS, REDUCTION_TILE_ITEMS, TILE_ITEMS, Grid, map_grid, reduction_grid, slab_sizes
+from shmarray.tiles import (
+    BLOCK_ITEMS,
+    ENOUGH_TASKS,
+    REDUCTION_TILE_ITEMS,
+    TILE_ITEMS,
+    Edges,
+    Grid,
+    edges_of,
+    in_small_tiles,
+    map_grid,
+    reduction_grid,
+    slab_sizes,
+    walked_grid,
+)
 
 __all__ = ["LayerOutline", "Outline", "Space", "Target", "build_plan", "outline"]
 
@@ -170,6 +185,7 @@ class _LayerDraft:
     writes: dict[int, None] = field(default_factory=dict)
     dependencies: list[Dependency] = field(default_factory=list)
     retry: bool = True
+    is_made: bool = False  # part of what it reads is made within its tasks, of loads of any shape
     beside: frozenset[int] = frozenset()  # earlier layers that write other parts of the same buffers
     level: int = -1
     space: Space | None = None
@@ -198,6 +214,9 @@ class _Builder:
         self.reasons: dict[Expr, str] = {}  # memory node -> why it is one
         self.level = -1  # of the layers that are added now, and their space where it decides what shares a pass
         self.space: Space | None = None
+        self.updated: set[int] = set()  # storages that layers write while others read them
+        self.division = Division(frozenset(), {})
+        self.makings: dict[Operand, tuple[Making, float]] = {}  # of operands made in the task, with the cost of an element (0: unknown)
         self.isolated = False
         self.scratch = 0
 
@@ -258,6 +277,8 @@ class _Builder:
                     return None
                 return Operand(base.buffer, base.offset, node.shape, c_strides(node.shape, node.dtype.itemsize), node.dtype)
             case _:
+                if node in self.division.made and node not in self.operands:
+                    self._make(node)
                 return self.operands.get(node)
 
     # --- what becomes a layer --------------------------------------------------------------------------------------------
@@ -266,6 +287,8 @@ class _Builder:
         """Add the layers that fill the targets with ``roots``."""
         conflicts = self._conflicting(roots) | self.aside
         self.reshaped = {node.x for node in postorder(roots) if isinstance(node, Reshape)}
+        in_place = {target.buffer for target in self.targets if target not in conflicts}
+        self.updated = {storage.identity for storage, _ in self.target_views if self.storage_buffers[storage.identity] in in_place}
         outputs: list[tuple[Expr, Operand]] = []
         finals: list[tuple[Operand, Operand, str]] = []
         for root, target in zip(roots, self.targets, strict=True):
@@ -340,20 +363,17 @@ class _Builder:
     def _build_groups(self, wanted: dict[Expr, Operand]) -> None:
         """Find the memory nodes below ``wanted``, level by level, and emit their layers."""
         memory = self._memory_nodes(wanted)
-        order = [n for n in postorder(wanted) if n in memory or n in self.outputs]
-        levels: dict[Expr, int] = {}
-        for node in order:
-            levels[node] = 1 + max((levels[n] for n in self._feeds(node, memory)), default=-1)
-        pending = sorted(order, key=lambda n: levels[n])
-        position = 0
-        while position < len(pending):
-            level = levels[pending[position]]
-            here = []
-            while position < len(pending) and levels[pending[position]] == level:
-                here.append(pending[position])
-                position += 1
-            self.level = level
-            self._emit_level(here, wanted, memory)
+        nodes = list(postorder(wanted))
+        # What reads a target as it was must be done before that is written, not while.
+        late: set[Expr] = {n for n in nodes if isinstance(n, Stored) and n.storage.identity in self.updated}
+        for node in nodes if late else ():
+            if any(x in late for x in node.inputs):
+                late.add(node)
+        barred = late | self.kept | self.reshaped
+        self.division = divide(list(wanted), memory, self.outputs, lambda n: n in wanted or n in barred)
+        for one in self.division.passes:
+            self.level = one.level
+            self._emit_pass(one, wanted)
         self.level = -1
 
     def _memory_nodes(self, wanted: dict[Expr, Operand]) -> set[Expr]:
@@ -377,7 +397,7 @@ class _Builder:
         users: dict[Expr, set[Any]] = {}  # elementwise node -> the passes it is computed in
         for node in memory:
             if not is_leaf(node):
-                for inner in self._inside(node, memory):
+                for inner in inside(node, memory):
                     if isinstance(inner, Elementwise) and inner is not node:
                         users.setdefault(inner, set()).add(_pass_key(node))
         # A root that others are made of is computed along with them where they share a space, not read back.
@@ -394,64 +414,26 @@ class _Builder:
         why.update((n, f"read by {len(users[n])} passes; computing it again in each costs more") for n in shared - covered)
         return memory
 
-    def _inside(self, node: Expr, memory: set[Expr]) -> Iterable[Expr]:
-        """Yield the nodes computed within the layer of memory node ``node`` (not itself, unless elementwise)."""
-        starts = [node] if isinstance(node, Elementwise) else list(node.inputs)
-        return postorder(starts, lambda n: n.inputs if (n is node or n not in memory) and isinstance(n, (Elementwise, View)) else ())
-
-    def _feeds(self, node: Expr, memory: set[Expr]) -> Iterable[Expr]:
-        """Yield the memory nodes that the layer of ``node`` reads."""
-        for inner in postorder(node.inputs, lambda n: () if n in memory else n.inputs):
-            if inner in memory:
-                yield inner
-
-    def _emit_level(self, nodes: list[Expr], wanted: dict[Expr, Operand], memory: set[Expr]) -> None:
-        maps: list[tuple[Expr, Operand]] = []
-        reductions: list[tuple[Reduction, Operand | None]] = []
-        for node in nodes:
-            place = wanted.get(node)
-            match node:
-                case Reduction():
-                    reductions.append((node, place))
-                case Scan():
-                    self._emit_scan(node, place or self.temporary(node.shape, node.dtype))
-                case Block():
-                    self._emit_block(node, place or self.temporary(node.shape, node.dtype))
-                case Assemble():
-                    self._emit_assembly(node, place or self.temporary(node.shape, node.dtype))
-                case Foreign():
-                    place = place or self.temporary(node.shape, node.dtype)
-                    self._emit_foreign(node, place)
-                case _:
-                    maps.append((node, place or self.temporary(node.shape, node.dtype)))
-        groups: dict[Any, list[tuple[Reduction, Operand | None]]] = {}
-        for reduction, place in reductions:
-            groups.setdefault((reduction.x.shape, reduction.axes), []).append((reduction, place))
-        spaces: dict[tuple[int, ...], list[tuple[Expr, Operand]]] = {}
-        for node, place in maps:
-            spaces.setdefault(node.shape, []).append((node, place))
-        for (shape, axes), members in groups.items():
-            for cluster in _clusters([(m, self._sources(m[0], memory)) for m in members]):
-                sources = set().union(*(self._sources(m[0], memory) for m in cluster))
-                along = [m for m in spaces.get(shape, ()) if sources & self._sources(m[0], memory)]
-                spaces[shape] = [m for m in spaces.get(shape, ()) if m not in along]
-                self.space = shape, axes
-                self._emit_reduction(cluster, along, shape, axes)
-        for shape, mapped in spaces.items():
-            for group in _clusters([(m, self._sources(m[0], memory)) for m in mapped]):
-                self.space = shape, None
-                self._emit_map(group)
-        self.space = None
-
-    def _sources(self, node: Expr, memory: set[Expr]) -> set[Any]:
-        """Return what a layer for ``node`` reads, to see which layers share a pass."""
-        found: set[Any] = set()
-        for inner in self._inside(node, memory):
-            if isinstance(inner, Stored):
-                found.add(inner.storage.identity)
-            elif isinstance(inner, InMemory) or (inner in memory and inner is not node):
-                found.add(inner)
-        return found
+    def _emit_pass(self, one: Pass, wanted: dict[Expr, Operand]) -> None:
+        placed = [(node, wanted.get(node)) for node in one.nodes if isinstance(node, Reduction)]
+        maps = [(node, wanted.get(node) or self.temporary(node.shape, node.dtype)) for node in one.nodes if not isinstance(node, Reduction)]
+        if placed:
+            self.space = one.shape, placed[0][0].axes
+            self._emit_reduction(placed, maps, one.shape, placed[0][0].axes)
+            self.space = None
+            return
+        node, place = maps[0]
+        match node:
+            case Scan():
+                self._emit_scan(node, place)
+            case Block() | Foreign():
+                self._emit_source(node, place)
+            case Assemble():
+                self._emit_assembly(node, place)
+            case _:
+                self.space = one.shape, None
+                self._emit_map(maps)
+                self.space = None
 
     # --- layers ----------------------------------------------------------------------------------------------------------
 
@@ -465,8 +447,9 @@ class _Builder:
         order = memory_order(program.operands, len(shape))
         if order is not None and order != tuple(range(len(shape))):
             program = program.permuted(order)
-        grid = map_grid(program.shape, crossing_axes(program.operands) if order is None else None)
-        names = _layer_name([n for n, _ in members], "copy", self.operands)
+        edges = self._edges(program)
+        grid = map_grid(program.shape, crossing_axes(program.operands) if order is None else None) if edges is None else Grid.of(edges)
+        names = self._layer_name([n for n, _ in members], "copy")
         self._add(
             _LayerDraft(
                 MapKernel(program, grid),
@@ -477,7 +460,8 @@ class _Builder:
                 program.loads,
                 program.stores,
                 writer.cost(grid),
-            )
+            ),
+            program,
         )
         for node, place in members:
             self.operands.setdefault(node, place)
@@ -508,7 +492,10 @@ class _Builder:
             order = tuple(range(len(shape)))
         program = program.permuted(order)
         axes = tuple(k for k, a in enumerate(order) if a in axes)
-        grid = reduction_grid(program.shape, axes)
+        edges = self._edges(program)
+        grid = reduction_grid(program.shape, axes) if edges is None else walked_grid(edges, axes)
+        if program.made and edges is None:
+            grid = in_small_tiles(grid, axes)
         splits = _split_counts(grid, axes)
         specs: list[ReduceSpec] = []
         outs: list[tuple[Reduction, Operand]] = []
@@ -538,7 +525,7 @@ class _Builder:
             )
         kernel = ReduceKernel(program, grid, axes, tuple(specs))
         stores = [*program.stores, *(o for spec in specs for o in ((spec.out,) if spec.out is not None else spec.partials))]
-        chain = _layer_name([n for n, _ in along] + [m.x for m, _ in members], "", self.operands)
+        chain = self._layer_name([n for n, _ in along] + [m.x for m, _ in members], "")
         name = "-".join(filter(None, [chain, *dict.fromkeys(node.name for node, _ in members)]))
         self._add(
             _LayerDraft(
@@ -550,7 +537,9 @@ class _Builder:
                 program.loads,
                 tuple(stores),
                 writer.cost(grid) + 8 * len(specs),
-            )
+            ),
+            program,
+            _tree_nbytes(grid, axes, specs) if program.made else 0,
         )
         for (node, out), spec in zip(outs, specs, strict=True):
             if spec.partials:
@@ -624,44 +613,26 @@ class _Builder:
         self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), grid, loads, (out,), writer.cost(grid) * 2))
         self.operands.setdefault(node, out)
 
-    def _emit_block(self, node: Block, out: Operand) -> None:
-        operation = node.operation
-        boxes = BlockGrid.of(operation.grid())
-        programs: list[Program] = []
-        results: list[int | None] = []
-        loads: list[Operand] = []
-        for arg in node.args:
-            where = self.operand(arg)
-            if where is not None:
-                registers = (Register(arg.dtype, (True,) * len(arg.shape)),)
-                programs.append(Program(arg.shape, (where,), registers, (Load(0, 0),)))
-                results.append(None)
-                loads.append(where)
-            else:
-                writer = ProgramWriter(self.operand, arg.shape)
-                results.append(writer.add(arg))
-                programs.append(writer.program())
-                loads.extend(programs[-1].loads)
-        kernel = BlockKernel(operation, tuple(programs), tuple(results), out, boxes)
-        ntasks = math.prod(boxes.counts)
-        first = boxes.box(0)
-        self.isolated |= operation.isolated
-        self.scratch = max(self.scratch, operation.scratch(first))
-
-        def describe(index: int) -> str:
-            return f"chunk {boxes.index(index)}" if operation.isolated else f"part {operation.label(boxes.box(index))}"
-
+    def _emit_source(self, node: Block | Foreign, out: Operand) -> None:
+        """Written straight into memory, box by box of its own grid."""
+        source, making, cost = self._block_source(node) if isinstance(node, Block) else self._foreign_source(node)
+        assert making.edges is not None
+        grid = Grid.of(making.edges)
+        self.isolated |= making.is_isolated
+        if isinstance(source, BlockSource):
+            self._needs_scratch(source.scratch(grid.sizes), grid.ntasks)
         self._add(
             _LayerDraft(
-                kernel,
-                ntasks,
-                operation.name,
+                BlockKernel(source, out, grid),
+                grid.ntasks,
+                _name_of(node),
                 line_of(node),
                 None,
-                tuple(loads),
+                source.loads,
                 (out,),
-                operation.cost(first),
-                describe=describe,
+                cost,
+                place="driver" if making.is_foreign else "worker",
+                describe=lambda index: source.label(grid.box(index)),
             )
         )
         self.operands.setdefault(node, out)
@@ -677,46 +648,112 @@ class _Builder:
             register = writer.add(piece)  # one that has memory of its own is read from there
             writer.store(register, part)
             program = writer.program()
-            grid = map_grid(map.shape)
+            edges = self._edges(program)
+            grid = map_grid(map.shape) if edges is None else Grid.of(edges)
             self._add(
                 _LayerDraft(
                     MapKernel(program, grid),
                     grid.ntasks,
-                    node.name,
+                    "-".join(filter(None, [self._layer_name([piece], "") if program.made else "", node.name])),
                     line_of(node),
                     grid,
                     program.loads,
                     (part,),
                     writer.cost(grid),
                     beside=frozenset(range(first, len(self.layers))) if node.disjoint else frozenset(),
-                )
+                ),
+                program,
             )
         self.operands.setdefault(node, out)
 
-    def _emit_foreign(self, node: Foreign, out: Operand) -> None:
-        sizes = _source_sizes(node)
-        boxes = BlockGrid.of(tuple(tuple(min(s, n - low) for low in range(0, n, s)) for n, s in zip(node.shape, sizes, strict=True)))
-        kernel = CopyInKernel(node.source, node.origin, out, boxes)
-        nbytes = math.prod(sizes) * node.dtype.itemsize
-        self._add(
-            _LayerDraft(
-                kernel,
-                math.prod(boxes.counts),
-                f"read {type(node.source).__name__}",
-                line_of(node),
-                None,
-                (),
-                (out,),
-                max(1, nbytes),
-                place="driver",
-            )
-        )
-        self.operands.setdefault(node, out)
+    # --- made within the task --------------------------------------------------------------------------------------------
+
+    def _make(self, node: Expr) -> None:
+        """Note how a node is made within the tasks that read it, in place of memory."""
+        source: Source
+        match node:
+            case Block():
+                source, making, cost = self._block_source(node)
+                items = math.prod(axis[1] for axis in making.edges or ())
+                rate = cost / items
+            case Foreign():
+                source, making, _ = self._foreign_source(node)
+                rate = node.dtype.itemsize
+            case _:
+                assert isinstance(node, Assemble)
+                source, making, rate = self._pieces_source(node)
+        operand = Operand(NO_BUFFER, 0, node.shape, c_strides(node.shape, node.dtype.itemsize), node.dtype, source)
+        self.operands[node] = operand
+        self.makings[operand] = making, rate
+
+    def _block_source(self, node: Block) -> tuple[BlockSource, Making, int]:
+        """Return the source of a block operation, and what its first box costs (0: unknown)."""
+        operation = node.operation
+        making = self.division.made.get(node) or Making(edges_of(operation.grid()), operation.isolated)
+        assert making.edges is not None
+        programs: list[Program] = []
+        results: list[int | None] = []
+        is_known = True
+        for arg in node.args:
+            where = self.operand(arg)
+            if where is not None and where.source is None:
+                registers = (Register(arg.dtype, (True,) * len(arg.shape)),)
+                programs.append(Program(arg.shape, (where,), registers, (Load(0, 0),)))
+                results.append(None)
+            else:
+                writer = ProgramWriter(self.operand, arg.shape)
+                results.append(writer.add(arg))
+                programs.append(writer.program())
+                is_known &= all(self.makings[o][1] for o in programs[-1].made)
+        source = BlockSource(operation, tuple(programs), tuple(results), making.edges, line_of(node))
+        first = tuple(slice(axis[0], axis[1]) for axis in making.edges)
+        return source, making, operation.cost(first) if is_known else 0
+
+    def _foreign_source(self, node: Foreign) -> tuple[ForeignSource, Making, int]:
+        making = self.division.made.get(node) or Making(source_edges(node), is_foreign=True)
+        assert making.edges is not None
+        source = ForeignSource(node.source, node.origin, node.dtype, making.edges, line_of(node))
+        return source, making, max(1, math.prod(Grid.of(making.edges).sizes) * node.dtype.itemsize)
+
+    def _pieces_source(self, node: Assemble) -> tuple[PiecesSource, Making, float]:
+        pieces: list[Piece] = []
+        rates = [float(node.dtype.itemsize)]
+        for piece, map in zip(node.pieces, node.maps, strict=True):
+            if math.prod(map.shape):
+                writer = ProgramWriter(self.operand, map.shape)
+                register = writer.add(piece)
+                program = writer.program()
+                pieces.append(Piece(program, register, map))
+                rates.extend(0.0 if not self.makings[o][1] else writer.rate + self.makings[o][1] for o in program.made)
+                rates.append(float(writer.rate) or 1.0)
+        making = self.division.made[node]
+        return PiecesSource(tuple(pieces), node.ndim, making.edges), making, max(rates) if all(rates) else 0.0
+
+    def _edges(self, program: Program) -> Edges | None:
+        """Return the edges of the tiles of a program, where something made within its tasks gives them."""
+        return next((edges for o in program.made if (edges := self.makings[o][0].edges) is not None), None)
+
+    def _needs_scratch(self, nbytes: int, ntasks: int) -> None:
+        """Count what a task needs, for each worker: where there are fewer tasks, its share of what all of them need."""
+        workers = max(1, self.pool.workers)
+        self.scratch = max(self.scratch, -(-nbytes * min(ntasks, workers) // workers))
+
+    def _layer_name(self, nodes: list[Expr], otherwise: str) -> str:
+        """Return a short name: the operations of the chains, outermost last."""
+        lying = self.operands  # only read here
+        chains = postorder(nodes, lambda n: n.inputs if isinstance(n, Elementwise) and n not in lying else ())
+        names = [_name_of(n) for n in chains if (isinstance(n, Elementwise) and n not in lying) or n in self.division.made]
+        if not names:
+            return otherwise or ""
+        return "-".join(names) if len(names) <= 4 else f"{names[0]}-..{len(names) - 2} more..-{names[-1]}"
 
     # --- dependencies ----------------------------------------------------------------------------------------------------
 
-    def _add(self, draft: _LayerDraft) -> None:
+    def _add(self, draft: _LayerDraft, program: Program | None = None, scratch: int = 0) -> None:
+        """Add a layer; ``program``: what its tasks compute, part of which they may make (with ``scratch`` beside what that takes)."""
         position = len(self.layers)
+        if program is not None and program.made:
+            self._note_making(draft, program, scratch)
         draft.reads = {o.buffer: None for o in draft.loads}
         draft.writes = {o.buffer: None for o in draft.stores}
         draft.level, draft.space = self.level, self.space if draft.grid is not None else None
@@ -740,10 +777,22 @@ class _Builder:
         for buffer in draft.writes:
             self.writers.setdefault(buffer, []).append(position)
 
+    def _note_making(self, draft: _LayerDraft, program: Program, scratch: int) -> None:
+        """Say of a layer what follows from what is made within its tasks."""
+        grid, makings = draft.grid, [self.makings[o] for o in program.made]
+        assert grid is not None
+        draft.is_made = True
+        draft.place = "driver" if any(making.is_foreign for making, _ in makings) else "worker"
+        is_known = all(rate for _, rate in makings)
+        draft.nbytes_per_task = draft.nbytes_per_task + int(grid.items_per_task * sum(r for _, r in makings)) if is_known else 0
+        draft.describe = next((_chunk_description(o.source, grid) for o in program.made if isinstance(o.source, BlockSource)), None)
+        self.isolated |= any(making.is_isolated for making, _ in makings)
+        self._needs_scratch(program.scratch(grid.sizes) + scratch, grid.ntasks if draft.place == "worker" else 1)
+
     def _requires(self, draft: _LayerDraft, writer: int, buffer: int) -> Callable[[int, int], tuple[int, int]] | None:
         """Return which tasks of ``writer`` tasks of ``draft`` need, where both go through the bytes in one direction."""
         made = self.layers[writer]
-        if len(self.writers.get(buffer, ())) != 1 or draft.grid is None or made.grid is None:
+        if len(self.writers.get(buffer, ())) != 1 or draft.grid is None or made.grid is None or draft.is_made:
             return None
         if draft.grid.ntasks == 1 or made.grid.ntasks == 1:
             return None
@@ -895,35 +944,8 @@ def _split_counts(grid: Grid, axes: tuple[int, ...]) -> tuple[int, ...]:
     """Return how many items of the reduced axes each split has, in the order of split numbers."""
     counts = [1]
     for a in axes:
-        n, size = grid.shape[a], grid.sizes[a]
-        pieces = [min(size, n - low) for low in range(0, n, size)] or [0]
-        counts = [c * p for c in counts for p in pieces]
+        counts = [c * p for c in counts for p in grid.lengths(a) or [0]]
     return tuple(counts)
-
-
-def _clusters(members: list[tuple[Any, set[Any]]]) -> list[list[Any]]:
-    """Group members whose sources meet."""
-    clusters: list[tuple[list[Any], set[Any]]] = []
-    for member, sources in members:
-        together, seen = [member], set(sources)
-        rest = []
-        for others, theirs in clusters:
-            if theirs & sources:
-                together = others + together
-                seen |= theirs
-            else:
-                rest.append((others, theirs))
-        clusters = [*rest, (together, seen)]
-    return [group for group, _ in clusters]
-
-
-def _layer_name(nodes: list[Expr], otherwise: str, lying: Container[Expr]) -> str:
-    """Return a short name: the operations of the chains down to what is ``lying`` somewhere, outermost last."""
-    chains = postorder(nodes, lambda n: n.inputs if isinstance(n, Elementwise) and n not in lying else ())
-    names = [n.name for n in chains if isinstance(n, Elementwise) and n not in lying]
-    if not names:
-        return otherwise or ""
-    return "-".join(names) if len(names) <= 4 else f"{names[0]}-..{len(names) - 2} more..-{names[-1]}"
 
 
 def _tile_description(draft: _LayerDraft) -> Callable[[int], str]:
@@ -937,15 +959,25 @@ def _tile_description(draft: _LayerDraft) -> Callable[[int], str]:
     return describe
 
 
-def _source_sizes(node: Foreign) -> tuple[int, ...]:
-    """Return the sizes to read a source in: whole chunks of its own, where it has regular ones."""
-    own = getattr(node.source, "chunks", None)
-    if isinstance(own, tuple) and len(own) == node.ndim and all(isinstance(c, (int, np.integer)) and c > 0 for c in own):
-        sizes = [min(int(c), n) for c, n in zip(own, node.shape, strict=True)]
-        room = max(1, TILE_ITEMS * 8 // math.prod(sizes))
-        for a in reversed(range(node.ndim)):
-            times = min(room, -(-node.shape[a] // sizes[a]))
-            sizes[a] = min(node.shape[a], sizes[a] * times)
-            room = max(1, room // times)
-        return tuple(sizes)
-    return slab_sizes(node.shape, TILE_ITEMS * 8)
+def _chunk_description(source: BlockSource, grid: Grid) -> Callable[[int], str]:
+    def describe(index: int) -> str:
+        tiles = list(grid.tiles(index))
+        first, last = source.label(tiles[0]), source.label(tiles[-1])
+        return first if len(tiles) == 1 else f"{first} to {last}"
+
+    return describe
+
+
+def _name_of(node: Expr) -> str:
+    return f"read {type(node.source).__name__}" if isinstance(node, Foreign) else node.name
+
+
+def _tree_nbytes(grid: Grid, axes: tuple[int, ...], specs: list[ReduceSpec]) -> int:
+    """Return what the states of a task take that walks through several tiles: trees for all of its kept box at once."""
+    if grid.edges is None:
+        return 0
+    kept = math.prod(size for a, size in enumerate(grid.sizes) if a not in axes)
+    leaves = math.prod(
+        -(-size * g // block) for a, (size, g, block) in enumerate(zip(grid.sizes, grid.group, grid.block_sizes)) if a in axes
+    )
+    return kept * leaves.bit_length() * sum(dtype.itemsize for spec in specs for dtype in spec.state_dtypes)

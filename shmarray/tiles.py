@@ -1,35 +1,66 @@
 """The planner's own grids: which boxes of an iteration space one task does, and which fit the cache.
 
 Promises: a grid depends on shape and reduced axes alone, never on dtype of other operands, chunks or workers; therefore
-results do not, either. Sizes are powers of two where there is a choice, so that leaves of sums align.
+results do not, either. Only where part of the input is made within the tasks (a user's function of chunks, a source) are the
+tiles given: by that. Sizes are powers of two where there is a choice, so that leaves of sums align.
 Never put here: memory, kernels, chunks.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shmarray.region import Box
 
-__all__ = ["Grid", "block_sizes", "blocks", "map_grid", "reduction_grid", "slab_sizes"]
+__all__ = [
+    "Edges",
+    "Grid",
+    "block_sizes",
+    "blocks",
+    "edges_of",
+    "in_small_tiles",
+    "map_grid",
+    "reduction_grid",
+    "slab_sizes",
+    "walked_grid",
+]
+
+Edges = tuple[tuple[int, ...], ...]  # per axis, where each tile begins, and the length of the axis
 
 BLOCK_ITEMS = 1 << 16  # what stays in cache while a fused chain runs over it: 256 KiB of float64
 TILE_ITEMS = 1 << 17  # 1 MiB of float64: 0.1 to 1 ms of work, so that a range of tiles can be cut anywhere
 REDUCTION_TILE_ITEMS = 1 << 18
 MOST_PARTIAL_ITEMS = 1 << 20  # partial results of one reduction, in items: a constant, however large the input
 ENOUGH_TASKS = 64  # so many tasks feed every core of a large machine evenly
+FEW_SPLITS = 8  # of reduced axes, where the tiles are given and one of them has more results than MOST_PARTIAL_ITEMS
 NARROWEST_ITEMS = 1 << 10  # a column slab narrower than this wastes cache lines and pages
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Boxes of ``sizes`` (per axis; the last of an axis may be smaller) that tile ``shape``, numbered in C order."""
+    """Boxes that tile ``shape``, numbered in C order: a task does one.
+
+    Regular: boxes of ``sizes`` (per axis; the last of an axis may be smaller), each of them one tile. With ``edges`` a tile begins
+    where these say, and a box is ``group`` tiles along each axis, walked one after the other; ``sizes`` are those of the
+    largest tile.
+
+        edges (0, 3, 5, 9, 12), group 2      |  0..3  3..5  |  5..9  9..12  |      two boxes of two tiles each
+    """
 
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
     inner: tuple[int, ...] | None = None  # sizes of cache blocks; None: slabs of `BLOCK_ITEMS`
+    edges: Edges | None = None
+    group: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(edges: Edges, group: tuple[int, ...] | None = None) -> Grid:
+        """Return the grid of tiles between ``edges``, ``group`` of them (one, if not said) to a box."""
+        sizes = tuple(max((b - a for a, b in itertools.pairwise(axis)), default=0) for axis in edges)
+        return Grid(tuple(axis[-1] for axis in edges), sizes, None, edges, (1,) * len(edges) if group is None else group)
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
@@ -39,26 +70,71 @@ class Grid:
     @property
     def counts(self) -> tuple[int, ...]:
         """How many boxes along each axis."""
+        if self.edges is not None:
+            return tuple(-(-(len(axis) - 1) // g) for axis, g in zip(self.edges, self.group, strict=True))
         return tuple(-(-n // s) for n, s in zip(self.shape, self.sizes, strict=True))
 
     @property
     def ntasks(self) -> int:
         return math.prod(self.counts)
 
+    @property
+    def items_per_task(self) -> int:
+        """How many items the largest box has, or a little more."""
+        return math.prod(self.sizes) * math.prod(self.group)
+
+    def index(self, number: int) -> tuple[int, ...]:
+        """Return the index, per axis, of box ``number``."""
+        result = []
+        for count in reversed(self.counts):
+            number, k = divmod(number, count)
+            result.append(k)
+        return tuple(reversed(result))
+
     def box(self, index: int) -> Box:
         """Return box number ``index``."""
+        if self.edges is not None:
+            return tuple([slice(axis[r.start], axis[r.stop]) for axis, r in zip(self.edges, self.tile_ranges(index), strict=True)])
         result: list[slice] = []
         for n, size in zip(reversed(self.shape), reversed(self.sizes), strict=True):
             index, k = divmod(index, -(-n // size))
             result.append(slice(k * size, min(n, k * size + size)))
         return tuple(reversed(result))
 
+    def tile_ranges(self, index: int) -> tuple[range, ...]:
+        """Return which tiles, per axis, are in box number ``index`` of a grid with edges."""
+        assert self.edges is not None
+        places = zip(self.edges, self.group, self.index(index), strict=True)
+        return tuple([range(k * g, min(k * g + g, len(axis) - 1)) for axis, g, k in places])
+
+    def tiles(self, index: int) -> Iterator[Box]:
+        """Yield the tiles of box number ``index`` in C order."""
+        if self.edges is None:
+            return iter((self.box(index),))
+        pieces = [[slice(axis[k], axis[k + 1]) for k in r] for axis, r in zip(self.edges, self.tile_ranges(index), strict=True)]
+        return itertools.product(*pieces)
+
+    def lengths(self, axis: int) -> list[int]:
+        """Return how long the boxes are along ``axis``, one after the other."""
+        if self.edges is None:
+            n, size = self.shape[axis], self.sizes[axis]
+            return [min(size, n - low) for low in range(0, n, size)]
+        cuts = [*self.edges[axis][: -1 : self.group[axis]], self.shape[axis]]
+        return [b - a for a, b in itertools.pairwise(cuts)]
+
     def slab_axis(self) -> int | None:
         """Return the only axis that is cut, if all axes before it have length 1 (-1 when none is cut), else None."""
+        if self.edges is not None:
+            return None
         cut = [a for a, count in enumerate(self.counts) if count > 1]
         if not cut:
             return -1
         return cut[0] if len(cut) == 1 and all(n == 1 for n in self.shape[: cut[0]]) else None
+
+
+def edges_of(sizes: tuple[tuple[int, ...], ...]) -> Edges:
+    """Return the edges between tiles of given sizes per axis."""
+    return tuple(tuple(itertools.accumulate(axis, initial=0)) for axis in sizes)
 
 
 def slab_sizes(shape: tuple[int, ...], items: int) -> tuple[int, ...]:
@@ -113,6 +189,48 @@ def reduction_grid(shape: tuple[int, ...], axes: tuple[int, ...]) -> Grid:
         sizes[a] = min(shape[a], room)
         room = max(1, room // sizes[a])
     return Grid(shape, tuple(sizes))
+
+
+def walked_grid(edges: Edges, axes: tuple[int, ...]) -> Grid:
+    """Return the grid for reducing over ``axes`` an array whose tiles are given: a task walks through several.
+
+    As in `reduction_grid`, reduced axes are cut into splits only where the kept ones give too few tasks, and partial results
+    take no more than a constant. Where tiles are so large that they would, which cannot be cut, they take `FEW_SPLITS` times the
+    result, and no more than a quarter of the input.
+    """
+    counts = [len(axis) - 1 for axis in edges]
+    kept = math.prod(counts[a] for a in range(len(edges)) if a not in axes)
+    reduced = math.prod(counts[a] for a in axes)
+    out_items = math.prod(edges[a][-1] for a in range(len(edges)) if a not in axes)
+    allowed = max(MOST_PARTIAL_ITEMS // max(1, out_items), min(FEW_SPLITS, reduced // 4), 1)
+    most = min(reduced, allowed, 1024)
+    each = reduced if kept >= ENOUGH_TASKS or most < 2 else -(-reduced // most)
+    while True:
+        group = [1] * len(edges)
+        room = each
+        for a in reversed(axes):
+            group[a] = min(counts[a], room)
+            room = max(1, room // group[a])
+        if each >= reduced or math.prod(-(-counts[a] // group[a]) for a in axes) <= most:
+            return Grid.of(edges, tuple(group))
+        each += each  # the split of one axis into equal parts may leave more of them than wanted
+
+
+def in_small_tiles(grid: Grid, axes: tuple[int, ...]) -> Grid:
+    """Return a regular reduction grid with its boxes walked through in tiles that fit a scratch, where they are larger than that."""
+    if math.prod(grid.sizes) <= 2 * REDUCTION_TILE_ITEMS:
+        return grid
+    room = max(1, REDUCTION_TILE_ITEMS // math.prod(size for a, size in enumerate(grid.sizes) if a not in axes))
+    tile, group = list(grid.sizes), [1] * len(grid.sizes)
+    for a in reversed(axes):
+        tile[a] = min(grid.sizes[a], room)
+        room = max(1, room // tile[a])
+        group[a] = -(-grid.sizes[a] // tile[a])
+    edges = tuple(
+        (*(low for start in range(0, n, size) for low in range(start, min(n, start + size), step)), n)
+        for n, size, step in zip(grid.shape, grid.sizes, tile, strict=True)
+    )
+    return Grid.of(edges, tuple(group))
 
 
 def block_sizes(shape: tuple[int, ...], items: int = BLOCK_ITEMS) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import shmarray as sa
-from shmarray import plan, tiles
+from shmarray import passes, plan, tiles
 from shmarray.ops import linalg
 
 EXECUTORS = ("synchronous", "threads", "processes")
@@ -61,7 +61,7 @@ def pool() -> Iterator[sa.Pool]:
 def _small_grids(**sizes: int) -> Iterator[None]:
     values = {**GRIDS, **PRODUCTS, **sizes}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tiles, plan, linalg):
+        for module in (tiles, passes, plan, linalg):
             for name, value in values.items():
                 if hasattr(module, name):
                     patch.setattr(module, name, value)

@@ -39,7 +39,7 @@ kernels.llvm.module
 storage kernels.program
 handle travel
 optimise kernels.numpy fuse
-kernels.reduce kernels.scan
+kernels.reduce kernels.scan kernels.sources passes
 kernels.llvm.kernel
 kernels.llvm.engine
 engines
@@ -67,13 +67,14 @@ DOORS = {
         "kernels.numpy",
         "kernels.reduce",
         "kernels.scan",
+        "kernels.sources",
         "kernels.llvm.kernel",
     },
     "scheduler.run": {"__init__", "compute", "explain", "plan", "storage"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {"array", "chunks", "config", "explain"},
-    "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.llvm.kernel"},
+    "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"array", "storage"},
     "scheduler.results": {"plan"},
 }

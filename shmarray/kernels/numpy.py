@@ -2,27 +2,28 @@
 
 Promises: 2 to 2.5 times whole-array NumPy on one core, by touching memory once; NumPy's values, casts and warnings, because every
 step is a NumPy call. Results depend on the program and the grid alone.
-Never put here: grids (`tiles`), what is fused (`plan`), what a row or a reduction means (`ops`).
+Never put here: grids (`tiles`), what is fused (`plan`), what makes operands within a task (`sources`), what a row or a reduction
+means (`ops`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from scheduler.segments import Remote
 from scheduler.task import Context
-from shmarray.expr import BlockOperation
 from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Store
 from shmarray.ops.table import row_for
 from shmarray.region import Box
-from shmarray.tiles import Grid, block_sizes, blocks
+from shmarray.tiles import Grid, blocks
 
-__all__ = ["BlockKernel", "CopyInKernel", "Evaluator", "MapKernel", "Staged", "fill_reader", "open_window", "put", "stage"]
+__all__ = ["Evaluator", "Made", "MapKernel", "Staged", "Tiled", "fill_reader", "open_window", "put", "stage"]
 
 NDArray = np.ndarray[Any, Any]
 Window = NDArray | Remote
@@ -44,52 +45,81 @@ class _ZeroD(np.ndarray[Any, Any]):
         return self.view(np.ndarray)
 
 
-class Staged:
-    """An operand in the driver's memory, moved tile by tile: one system call for a megabyte, not one for each cache block."""
+class Tiled:
+    """An operand whose tiles come into scratch, one after the other, before blocks load from it.
 
-    __slots__ = ("_scratch", "_shape", "_tile", "origin", "window")
+    After `fetch(tile)`, ``tile`` is the array, until the next call, and ``origin`` the index of its first element.
+    """
 
-    def __init__(self, window: Remote) -> None:
-        self.window = window
-        self._shape = window.shape
+    __slots__ = ("_scratch", "_shape", "dtype", "origin", "tile")
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._shape, self.dtype = shape, dtype
         self._scratch = np.empty(0, np.uint8)
-        self._tile: NDArray | None = None
+        self.tile: NDArray = np.empty((0,) * len(shape), dtype)
         self.origin: tuple[int, ...] = ()
 
-    def _own(self, tile: Box) -> Box:
-        """Return the box of this operand, which may broadcast, for a box of the iteration space."""
-        return tuple([_ONE if n == 1 else piece for piece, n in zip(tile, self._shape, strict=True)])
-
     def fetch(self, tile: Box) -> None:
-        """Read a tile, to be loaded from."""
-        box = self._own(tile)
-        self.origin = tuple([piece.start for piece in box])
-        part = self.window[box]
-        nbytes = part.nbytes_with_gaps()
+        """Get a tile of the iteration space, to be loaded from."""
+        raise NotImplementedError
+
+    def _room(self, nbytes: int) -> NDArray:
         if self._scratch.nbytes < nbytes:
             self._scratch = np.empty(nbytes, np.uint8)
-        self._tile = part.read(self._scratch)
+        return self._scratch
+
+    def _begin(self, tile: Box) -> None:
+        """Make room for a tile."""
+        self.origin = tuple([piece.start for piece in tile])
+        shape = tuple([piece.stop - piece.start for piece in tile])
+        nbytes = self.dtype.itemsize
+        for n in shape:
+            nbytes *= n
+        self.tile = np.ndarray(shape, self.dtype, self._room(nbytes))
+
+    def __getitem__(self, box: Box) -> NDArray:
+        index = [_ONE if n == 1 else slice(b.start - o, b.stop - o) for b, o, n in zip(box, self.origin, self._shape, strict=True)]
+        part: NDArray = self.tile[(*index, ...)]  # the dots: without axes it would be a scalar
+        return part
+
+
+class Staged(Tiled):
+    """An operand in the driver's memory, moved tile by tile: one system call for a megabyte, not one for each cache block."""
+
+    __slots__ = ("window",)
+
+    def __init__(self, window: Remote) -> None:
+        super().__init__(window.shape, window.dtype)
+        self.window = window
+
+    def fetch(self, tile: Box) -> None:
+        # The box of this operand, which may broadcast, for a box of the iteration space.
+        box = tuple([_ONE if n == 1 else piece for piece, n in zip(tile, self._shape, strict=True)])
+        self.origin = tuple([piece.start for piece in box])
+        part = self.window[box]
+        self.tile = part.read(self._room(part.nbytes_with_gaps()))
 
     def begin(self, tile: Box) -> None:
         """Make room for a tile, to be filled box by box and sent by `flush`."""
-        self.origin = tuple([piece.start for piece in tile])
-        shape = tuple([piece.stop - piece.start for piece in tile])
-        nbytes = self.window.dtype.itemsize
-        for n in shape:
-            nbytes *= n
-        if self._scratch.nbytes < nbytes:
-            self._scratch = np.empty(nbytes, np.uint8)
-        self._tile = np.ndarray(shape, self.window.dtype, self._scratch)
+        self._begin(tile)
 
     def flush(self, tile: Box) -> None:
-        assert self._tile is not None
-        self.window[tile].write(self._tile)
+        self.window[tile].write(self.tile)
 
-    def __getitem__(self, box: Box) -> NDArray:
-        assert self._tile is not None
-        index = [_ONE if n == 1 else slice(b.start - o, b.stop - o) for b, o, n in zip(box, self.origin, self._shape, strict=True)]
-        part: NDArray = self._tile[(*index, ...)]  # the dots: without axes it would be a scalar
-        return part
+
+class Made(Tiled):
+    """An operand made within the task, tile by tile, by its source."""
+
+    __slots__ = ("fill",)
+
+    def __init__(self, operand: Operand, context: Context) -> None:
+        assert operand.source is not None
+        super().__init__(operand.shape, operand.dtype)
+        self.fill = operand.source.open(context)
+
+    def fetch(self, tile: Box) -> None:
+        self._begin(tile)
+        self.fill(self.tile, tile)
 
 
 def stage(window: Window | Staged) -> Window | Staged:
@@ -97,7 +127,7 @@ def stage(window: Window | Staged) -> Window | Staged:
     return Staged(window) if isinstance(window, Remote) else window
 
 
-def put(window: Window | Staged, box: Box, values: NDArray) -> None:
+def put(window: Window | Tiled, box: Box, values: NDArray) -> None:
     """Write ``values``, broadcast, over a box of a window."""
     if isinstance(window, Remote):
         part = window[box]
@@ -107,15 +137,28 @@ def put(window: Window | Staged, box: Box, values: NDArray) -> None:
 
 
 class Evaluator:
-    """A program bound to one process's memory: `run` executes it on a block and leaves the registers in a list."""
+    """A program bound to one process's memory: `run` executes it on a block and leaves the registers in a list.
 
-    def __init__(self, program: Program, context: Context, tile_items: int = 0) -> None:
+    ``results``: registers that are read from there, which no later step may write over. ``made``: operands whose tiles the caller fetches.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        context: Context,
+        tile_items: int = 0,
+        results: Iterable[int] = (),
+        made: Mapping[int, Tiled] = MappingProxyType({}),
+    ) -> None:
         self.program = program
         self.context = context
-        self.windows: list[Window | Staged] = [open_window(context, operand) for operand in program.operands]
+        self.windows: list[Window | Tiled] = [
+            made[k] if k in made else Made(operand, context) if operand.source is not None else open_window(context, operand)
+            for k, operand in enumerate(program.operands)
+        ]
         stored_to = {step.operand for step in program.steps if isinstance(step, Store)}
         loaded = {step.operand for step in program.steps if isinstance(step, Load)}
-        self.fetched: list[Staged] = []
+        self.fetched: list[Tiled] = [window for k, window in enumerate(self.windows) if isinstance(window, Made) and k not in made]
         self.flushed: list[Staged] = []
         if tile_items <= MOST_STAGED_ITEMS:
             for k, window in enumerate(self.windows):
@@ -124,7 +167,7 @@ class Evaluator:
                     (self.flushed if k in stored_to else self.fetched).append(staged)
         self.layouts: dict[tuple[int, ...], Values] = {}
         self.current = ("", "")  # (operation, user's line) that runs now, for warnings
-        self.slots = _assign_slots(program)
+        self.slots = _assign_slots(program, results)
         self.scratch: dict[int, NDArray] = {}
         stored = {step.register: step.operand for step in program.steps if isinstance(step, Store)}
         self.steps: list[Callable[[Values, Box], None]] = []
@@ -150,9 +193,12 @@ class Evaluator:
         return np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warn)
 
     def begin(self, tile: Box) -> None:
-        """Fetch what blocks of ``tile`` will load from the driver's memory."""
-        for staged in self.fetched:
-            staged.fetch(tile)
+        """Fetch what blocks of ``tile`` will load from the driver's memory, and make what is made within the task.
+
+        Not under `errstate`: a user's function may be among the latter.
+        """
+        for tiled in self.fetched:
+            tiled.fetch(tile)
         for staged in self.flushed:
             staged.begin(tile)
 
@@ -216,12 +262,12 @@ class Evaluator:
         def box_of(box: Box) -> Box:
             return box if whole else tuple([b if v else _ONE for b, v in zip(box, varies, strict=True)])
 
-        if isinstance(window, Staged):
+        if isinstance(window, Tiled):
 
-            def load_staged(values: Values, box: Box) -> None:
+            def load_tiled(values: Values, box: Box) -> None:
                 values[out] = window[box]
 
-            return load_staged
+            return load_tiled
         if isinstance(window, Remote):
             scratch = np.empty(0, np.uint8)
 
@@ -364,7 +410,7 @@ def _constant(step: Constant, ndim: int) -> Callable[[Values, Box], None]:
     return constant
 
 
-def _assign_slots(program: Program) -> list[int | None]:
+def _assign_slots(program: Program, results: Iterable[int]) -> list[int | None]:
     """Give registers that `Apply` writes a scratch slot each, reusing the slot of a register whose last reader has run.
 
     A row that allows it writes over an operand that dies with it: fewer bytes in cache.
@@ -378,6 +424,7 @@ def _assign_slots(program: Program) -> list[int | None]:
         elif isinstance(step, Store):
             last[step.register] = position
     never_dies = len(program.steps)
+    last.update(dict.fromkeys(results, never_dies))
     slots: list[int | None] = [None] * len(program.registers)
     free: dict[tuple[np.dtype[Any], tuple[bool, ...]], list[int]] = {}
     count = 0
@@ -426,119 +473,10 @@ class MapKernel:
 
         def run(index: int) -> None:
             tile = grid.box(index)
+            evaluator.begin(tile)
             with evaluator.errstate():
-                evaluator.begin(tile)
                 for block in blocks(tile, sizes):
                     evaluator.run(block)
                 evaluator.end(tile)
-
-        return run
-
-
-@dataclass(frozen=True, slots=True)
-class BlockKernel:
-    """Runs a block operation on its own grid; inputs are memory, or programs computed within the task.
-
-    ``results`` names, per input that is a program, the register that holds it; None: operand 0 of the program as it lies.
-    """
-
-    operation: BlockOperation
-    inputs: tuple[Program, ...]
-    results: tuple[int | None, ...]
-    out: Operand
-    boxes: BlockGrid
-
-    def bind(self, context: Context) -> Callable[[int], None]:
-        operation = self.operation
-        target = open_window(context, self.out)
-        readers = [_reader(program, result, context) for program, result in zip(self.inputs, self.results, strict=True)]
-
-        def run(index: int) -> None:
-            at = self.boxes.box(index)
-            values = tuple([read(box) for read, box in zip(readers, operation.needs(at), strict=True)])
-            if isinstance(target, Remote):
-                out = np.empty([s.stop - s.start for s in at], target.dtype)
-                operation.run(out, values, at)
-                target[at].write(out)
-            else:
-                operation.run(target[at], values, at)
-
-        return run
-
-
-@dataclass(frozen=True, slots=True)
-class BlockGrid:
-    """Boxes of given sizes per axis, numbered in C order."""
-
-    starts: tuple[tuple[int, ...], ...]  # per axis, one more than there are boxes
-
-    @staticmethod
-    def of(sizes: tuple[tuple[int, ...], ...]) -> BlockGrid:
-        return BlockGrid(tuple((0, *np.cumsum(axis).tolist()) for axis in sizes))
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        return tuple(len(axis) - 1 for axis in self.starts)
-
-    def index(self, number: int) -> tuple[int, ...]:
-        """Return the index, per axis, of box ``number``."""
-        result = []
-        for axis in reversed(self.starts):
-            number, k = divmod(number, len(axis) - 1)
-            result.append(k)
-        return tuple(reversed(result))
-
-    def box(self, number: int) -> Box:
-        return tuple([slice(axis[k], axis[k + 1]) for axis, k in zip(self.starts, self.index(number), strict=True)])
-
-
-def _reader(program: Program, result: int | None, context: Context) -> Callable[[Box], NDArray]:
-    """Return what gives a read-only array of a box of an input."""
-    if result is None:
-        window = open_window(context, program.operands[0])
-
-        def lay(box: Box) -> NDArray:
-            part = window[box]
-            array = part.read() if isinstance(part, Remote) else part.view()
-            array.flags.writeable = False
-            return array
-
-        return lay
-    evaluator = Evaluator(program, context, MOST_STAGED_ITEMS + 1)
-    register = result
-    dtype = program.registers[register].dtype
-
-    def compute(box: Box) -> NDArray:
-        shape = [s.stop - s.start for s in box]
-        array = np.empty(shape, dtype)
-        with evaluator.errstate():
-            for block in blocks(box, block_sizes(tuple(max(n, 1) for n in shape))):
-                inner: Any = [slice(b.start - s.start, b.stop - s.start) for b, s in zip(block, box, strict=True)]
-                np.copyto(array[(*inner, ...)], evaluator.run(block)[register])
-        array.flags.writeable = False
-        return array
-
-    return compute
-
-
-@dataclass(frozen=True, slots=True)
-class CopyInKernel:
-    """Reads boxes of something that only the driver can slice (h5py, zarr, ...) into memory. Runs in the driver."""
-
-    source: Any
-    origin: tuple[int, ...]
-    out: Operand
-    boxes: BlockGrid
-
-    def bind(self, context: Context) -> Callable[[int], None]:
-        target = open_window(context, self.out)
-
-        def run(index: int) -> None:
-            at = self.boxes.box(index)
-            part = np.asarray(self.source[tuple(slice(s.start + o, s.stop + o) for s, o in zip(at, self.origin, strict=True))])
-            wanted = tuple(s.stop - s.start for s in at)
-            if part.shape != wanted:
-                raise ValueError(f"slicing {type(self.source).__name__} with {at} gave shape {part.shape}, expected {wanted}")
-            put(target, at, part)
 
         return run

@@ -3,6 +3,9 @@
     tile (kept box x reduced box)  --blocks in C order-->  leaves  --pairwise tree-->  states  -->  partial[split, kept box]
     finish: for a kept box, partial[0..S)  --pairwise tree-->  states  -->  result
 
+A task may walk through several tiles along the reduced axes, in order, where part of its input is made tile by tile: the trees of
+its kept box then grow from tile to tile.
+
 Promises: the tree over leaves is fixed by the grid, so results are bit-identical whoever computes which tile. Extra memory is the
 partials: a constant (`tiles.MOST_PARTIAL_ITEMS`), however large the input; none when no reduced axis is cut.
 Never put here: what a reduction means (`ops.reductions_table`), grids (`tiles`).
@@ -84,7 +87,7 @@ class ReduceKernel:
 
     def bind(self, context: Context) -> Callable[[int], None]:
         grid, axes = self.grid, self.axes
-        evaluator = Evaluator(self.program, context, math.prod(grid.sizes))
+        evaluator = Evaluator(self.program, context, math.prod(grid.sizes), [spec.register for spec in self.specs])
         sizes = grid.block_sizes
         rows = [REDUCTIONS[spec.kind] for spec in self.specs]
         params = [dict(spec.params) for spec in self.specs]
@@ -92,52 +95,62 @@ class ReduceKernel:
         outs = [None if spec.out is None else stage(open_window(context, spec.out)) for spec in self.specs]
         labels = [(spec.label, spec.line) for spec in self.specs]
 
+        kept_sizes = tuple(1 if a in axes else size for a, size in enumerate(sizes))
+        reduced_sizes = tuple(size if a in axes else 1 for a, size in enumerate(sizes))
+
         def run(index: int) -> None:
-            tile = grid.box(index)
-            split = split_number(grid, axes, tile)
-            kept = tuple([slice(0, 1) if a in axes else piece for a, piece in enumerate(tile)])
-            kept_sizes = tuple([1 if a in axes else size for a, size in enumerate(sizes)])
-            reduced = tuple([piece if a in axes else slice(0, 1) for a, piece in enumerate(tile)])
-            reduced_sizes = tuple([size if a in axes else 1 for a, size in enumerate(sizes)])
-            with evaluator.errstate():
+            split = split_number(grid, axes, index)
+            whole = grid.box(index)
+            kept = tuple([slice(0, 1) if a in axes else piece for a, piece in enumerate(whole)])
+            kept_blocks = list(blocks(kept, kept_sizes))
+            growing: list[list[Tree]] = [[] for _ in kept_blocks]  # trees, while a task walks through its tiles
+            for out in outs:
+                if isinstance(out, Staged):
+                    out.begin(kept)
+            for tile in grid.tiles(index):
+                reduced = tuple([piece if a in axes else slice(0, 1) for a, piece in enumerate(tile)])
+                is_last = all(tile[a].stop == whole[a].stop for a in axes)
                 evaluator.begin(tile)
-                for out in outs:
-                    if isinstance(out, Staged):
-                        out.begin(kept)
-                for kept_block in blocks(kept, kept_sizes):
-                    trees = [Tree(row.combine) for row in rows]
-                    for reduced_block in blocks(reduced, reduced_sizes):
-                        box = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_block, reduced_block, strict=True))])
-                        values = evaluator.run(box)
-                        shape = tuple([piece.stop - piece.start for piece in box])
-                        count = math.prod([shape[a] for a in axes])
-                        part = Part(box, grid.shape, axes)
-                        for spec, row, extra, tree, label in zip(self.specs, rows, params, trees, labels, strict=True):
-                            value = values[spec.register]
-                            if value.shape != shape:
-                                value = np.broadcast_to(value, shape)
-                            evaluator.current = label
-                            tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
-                    for spec, row, extra, tree, windows, out in zip(self.specs, rows, params, trees, partials, outs, strict=True):
-                        evaluator.current = (spec.label, spec.line)
-                        states, count = tree.result()
-                        if out is not None:
-                            put(out, kept_block, row.finish(states, count, spec.dtype, extra))
-                        for window, state in zip(windows, states, strict=False):
-                            put(window, (slice(split, split + 1), *kept_block), state[None])
+                with evaluator.errstate():
+                    for number, kept_block in enumerate(kept_blocks):
+                        trees = growing[number] or [Tree(row.combine) for row in rows]
+                        for reduced_block in blocks(reduced, reduced_sizes):
+                            box = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_block, reduced_block, strict=True))])
+                            values = evaluator.run(box)
+                            shape = tuple([piece.stop - piece.start for piece in box])
+                            count = math.prod([shape[a] for a in axes])
+                            part = Part(box, grid.shape, axes)
+                            for spec, row, extra, tree, label in zip(self.specs, rows, params, trees, labels, strict=True):
+                                value = values[spec.register]
+                                if value.shape != shape:
+                                    value = np.broadcast_to(value, shape)
+                                evaluator.current = label
+                                tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
+                        if not is_last:
+                            growing[number] = trees
+                            continue
+                        growing[number] = []
+                        for spec, row, extra, tree, windows, out in zip(self.specs, rows, params, trees, partials, outs, strict=True):
+                            evaluator.current = (spec.label, spec.line)
+                            states, count = tree.result()
+                            if out is not None:
+                                put(out, kept_block, row.finish(states, count, spec.dtype, extra))
+                            for window, state in zip(windows, states, strict=False):
+                                put(window, (slice(split, split + 1), *kept_block), state[None])
                 evaluator.end(tile)
-                for out in outs:
-                    if isinstance(out, Staged):
-                        out.flush(kept)
+            for out in outs:
+                if isinstance(out, Staged):
+                    out.flush(kept)
 
         return run
 
 
-def split_number(grid: Grid, axes: tuple[int, ...], tile: Box) -> int:
-    """Return which part of the reduced axes a tile is: the row of the partial results it writes."""
+def split_number(grid: Grid, axes: tuple[int, ...], index: int) -> int:
+    """Return which part of the reduced axes a task has: the row of the partial results it writes."""
     split = 0
+    place, counts = grid.index(index), grid.counts
     for a in axes:
-        split = split * -(-grid.shape[a] // grid.sizes[a]) + tile[a].start // grid.sizes[a]
+        split = split * counts[a] + place[a]
     return split
 
 

@@ -63,6 +63,13 @@ class _MapBlocks(BlockOperation):
             result.append(tuple(box))
         return tuple(result)
 
+    def asks_once(self, k: int) -> tuple[tuple[int, ...], ...] | None:
+        several = {axis: len(starts) for axis, starts in enumerate(self.starts) if len(starts) > 2}
+        followed = [(axis, len(cuts)) for cuts, axis in zip(self.input_starts[k], self.axes[k], strict=True) if len(cuts) > 2]
+        if len(followed) != len(several) or dict(followed) != several:  # a chunk is spread, or never asked for
+            return None
+        return tuple(tuple(cuts) for cuts in self.input_starts[k])
+
     def run(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
         blocks = iter(inputs)
         args = [next(blocks) if a is None else a[0] for a in self.args]

@@ -418,3 +418,38 @@ def test_reduced_and_kept_axes_are_never_merged() -> None:
     assert [(loop.axes, loop.reduced) for loop in nest.loops] == [((0,), False), ((1, 2), True)]
     nest = choose_nest((10, 20, 30), (10, 20, 30), [traffic(4800, 240, 8)], 16, (0,))
     assert [(loop.axes, loop.reduced) for loop in nest.loops] == [((0,), True), ((1, 2), False)]
+
+
+# ------------------------------------------------------------------------------------------------------- made in the task
+
+
+def test_what_is_made_within_tasks_is_an_operand(executor: str) -> None:
+    a = values((300, 70), float)
+    x, calls = sa.array(a, chunks=(40, 70)), []
+
+    def double(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        calls.append(block.shape)
+        return block * 2
+
+    blocks = sa.log(x.map_blocks(double, dtype=float)) + 1
+    rolled = x * 3 + sa.roll(x, 1, axis=0)
+    pieces = sa.concatenate([x[k : k + 7] for k in range(0, 300, 7)]) - 0.5
+
+    assert all(is_compiled(y) and is_compiled(y.std(axis=0)) for y in (blocks, rolled, pieces))
+    with np.errstate(invalid="ignore"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        np.testing.assert_allclose(blocks.mean(axis=1).compute(), (np.log(a * 2) + 1).mean(axis=1))
+    assert [str(w.message) for w in caught] == ["invalid value encountered in log"]  # and not called again to say so:
+    assert len(calls) == (0 if executor == "processes" else 8)
+    expected = a * 3 + np.roll(a, 1, axis=0)
+    np.testing.assert_array_equal(rolled.compute(), expected)
+    np.testing.assert_allclose(rolled.std(axis=0).compute(), expected.std(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(sa.compute(pieces.sum(), pieces.max())[0], (a - 0.5).sum(), rtol=1e-12)
+    np.testing.assert_array_equal(pieces.compute(), a - 0.5)
+
+
+def test_a_reduced_register_is_not_written_over() -> None:
+    a = values((500, 60), float)
+    y = sa.asarray(a).persist() + 1
+
+    np.testing.assert_allclose(sa.compute(y.sum(), (y * 2).std()), ((a + 1).sum(), ((a + 1) * 2).std()), rtol=1e-12)

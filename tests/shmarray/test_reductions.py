@@ -397,3 +397,10 @@ def test_sums_of_booleans_agree_with_numpy_where_they_are_counted_and_where_not(
         assert total.dtype == expected.dtype
         np.testing.assert_array_equal(total, expected)
         np.testing.assert_allclose(x.mean(axis=axis).compute(), a.mean(axis=axis), rtol=1e-12)
+
+
+def test_a_reduction_is_not_of_what_a_longer_chain_of_the_same_pass_writes_over_it(executor: str) -> None:
+    a = np.arange(1000.0)
+    x = sa.array(a) + sa.array(a)
+
+    assert sa.compute(x.sum(), (x * 2).max(), (x * 2 + 1).min()) == ((a + a).sum(), 4 * a.max(), 1.0)

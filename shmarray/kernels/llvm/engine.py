@@ -97,7 +97,7 @@ class _Draft:
         self.blamed = _only_suspect(program)
         self.aside = [] if self.blamed is not None else sorted(loaded & stored)
         self.loaded, self.stored = loaded, stored
-        remote = {k for k, o in enumerate(program.operands) if is_remote(o.buffer)}
+        remote = {k for k, o in enumerate(program.operands) if o.source is None and is_remote(o.buffer)}
         self.piece_sizes = plain.grid.sizes
         if isinstance(plain, ReduceKernel):
             # Of one size wherever operands lie: pieces are nodes of the tree, and so decide bits.
@@ -117,6 +117,10 @@ class _Draft:
         self.nest: Nest = choose_nest(program.shape, self.piece_sizes, self.traffic, self.lanes, self.axes)
 
     def _traffic(self, number: int, o: Operand, is_copied: bool) -> Traffic:
+        if o.source is not None:  # its tiles are C-ordered
+            sizes = [1 if n == 1 else size for n, size in zip(o.shape, self.plain.grid.sizes, strict=True)]
+            ordered = c_strides(sizes, o.dtype.itemsize)
+            return Traffic(tuple(0 if n == 1 else s for n, s in zip(o.shape, ordered, strict=True)), o.dtype.itemsize, is_copied=True)
         strides = tuple(0 if n == 1 else stride for n, stride in zip(o.shape, o.strides, strict=True))
         if not is_copied:
             return Traffic(strides, o.dtype.itemsize, offset=o.offset)

@@ -22,7 +22,7 @@ from scheduler.segments import Remote
 from scheduler.task import Context
 from shmarray.kernels.llvm.objects import load
 from shmarray.kernels.llvm.structure import FLAGS, Arguments, Structure
-from shmarray.kernels.numpy import Evaluator, MapKernel, Staged, Window, fill_reader, open_window, put, stage
+from shmarray.kernels.numpy import Evaluator, Made, MapKernel, Staged, Window, fill_reader, open_window, put, stage
 from shmarray.kernels.program import Apply, FillStep, Program, Store
 from shmarray.kernels.reduce import ReduceKernel, Tree, split_number
 from shmarray.ops.reductions_table import REDUCTIONS, Part
@@ -103,7 +103,11 @@ class _Bound:
         self.flushed: list[tuple[int, Staged | _Aside]] = []
         self.direct: list[tuple[int, int, tuple[int, ...]]] = []  # operand, address, strides
         copies = sorted(kernel.aside)
+        self.made: dict[int, Made] = {}
         for number, operand in enumerate(program.operands):
+            if operand.source is not None:
+                self.made[number] = Made(operand, context)
+                continue
             window = open_window(context, operand)
             form = s.operands[number]
             if isinstance(window, Remote):
@@ -157,6 +161,8 @@ class _Bound:
                 address += start * stride
             words[number] = address
         held = []
+        for number, made in self.made.items():
+            self._set_copied(number, made[piece])
         for number, staged in self.fetched:
             staged.fetch(piece)
             self._set_copied(number, staged[piece])
@@ -185,11 +191,16 @@ class _Bound:
             target.flush(piece)
 
     def _run_map(self, index: int) -> None:
-        tile = self.plain.grid.box(index)
         sizes = self.kernel.piece_sizes
-        for piece in blocks(tile, sizes) if sizes != self.plain.grid.sizes else (tile,):
-            self._call(piece)
-            self._commit(piece)
+        for tile in self.plain.grid.tiles(index):
+            self._make(tile)
+            for piece in blocks(tile, sizes) if sizes != self.plain.grid.sizes else (tile,):
+                self._call(piece)
+                self._commit(piece)
+
+    def _make(self, tile: Box) -> None:
+        for made in self.made.values():
+            made.fetch(tile)
 
     def _blame(self, step: Apply, flags: int) -> None:
         modes = dict(step.errstate)
@@ -202,10 +213,12 @@ class _Bound:
         plain = self.plain
         if self.evaluator is None:
             steps = tuple(step for step in plain.program.steps if not isinstance(step, Store))
-            self.evaluator = Evaluator(replace(plain.program, steps=steps), self.context, math.prod(self.kernel.piece_sizes))
+            registers = [spec.register for spec in plain.specs] if isinstance(plain, ReduceKernel) else ()
+            program = replace(plain.program, steps=steps)
+            self.evaluator = Evaluator(program, self.context, math.prod(self.kernel.piece_sizes), registers, self.made)
         evaluator = self.evaluator
+        evaluator.begin(piece)
         with evaluator.errstate():
-            evaluator.begin(piece)
             for box in blocks(piece, plain.grid.block_sizes):
                 values = evaluator.run(box)
                 if isinstance(plain, ReduceKernel):
@@ -279,27 +292,28 @@ class _Bound:
         plain = self.plain
         assert isinstance(plain, ReduceKernel)
         grid, axes, sizes = plain.grid, plain.axes, self.kernel.piece_sizes
-        tile = grid.box(index)
-        split = split_number(grid, axes, tile)
-        kept = tuple([slice(0, 1) if a in axes else p for a, p in enumerate(tile)])
+        whole, split = grid.box(index), split_number(grid, axes, index)
+        kept = tuple([slice(0, 1) if a in axes else p for a, p in enumerate(whole)])
+        kept_sizes = tuple([1 if a in axes else n for a, n in enumerate(sizes)])
+        reduced_sizes = tuple([n if a in axes else 1 for a, n in enumerate(sizes)])
+        kept_pieces = list(blocks(kept, kept_sizes))
+        growing = [[Tree(row.combine) for row in self.rows] for _ in kept_pieces]
         for out in self.outs:
             if isinstance(out, Staged):
                 out.begin(kept)
-        kept_sizes = tuple([1 if a in axes else n for a, n in enumerate(sizes)])
-        reduced = tuple([p if a in axes else slice(0, 1) for a, p in enumerate(tile)])
-        reduced_sizes = tuple([n if a in axes else 1 for a, n in enumerate(sizes)])
-        for kept_piece in blocks(kept, kept_sizes):
-            trees = [Tree(row.combine) for row in self.rows]
-            for reduced_piece in blocks(reduced, reduced_sizes):
-                piece = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_piece, reduced_piece, strict=True))])
-                count = 1
-                for a in axes:
-                    count *= piece[a].stop - piece[a].start
-                states = self._new_states(piece)
-                self._call(piece)
-                self._commit(piece)
-                for tree, state in zip(trees, states, strict=True):
-                    tree.push(state, count)
+        for tile in grid.tiles(index):
+            self._make(tile)
+            reduced = tuple([p if a in axes else slice(0, 1) for a, p in enumerate(tile)])
+            for kept_piece, trees in zip(kept_pieces, growing, strict=True):
+                for reduced_piece in blocks(reduced, reduced_sizes):
+                    piece = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_piece, reduced_piece, strict=True))])
+                    states = self._new_states(piece)
+                    self._call(piece)
+                    self._commit(piece)
+                    count = math.prod([piece[a].stop - piece[a].start for a in axes])
+                    for tree, state in zip(trees, states, strict=True):
+                        tree.push(state, count)
+        for kept_piece, trees in zip(kept_pieces, growing, strict=True):
             for spec, row, extra, tree, windows, out in zip(
                 plain.specs, self.rows, self.params, trees, self.partials, self.outs, strict=True
             ):

@@ -212,11 +212,15 @@ class Lanes:
     # --- choices ----------------------------------------------------------------------------------------------------------
 
     def compare(self, op: str, x: Vec, y: Vec, *, complains: bool = False) -> ir.Value:
-        """Return i1 lanes of ``x op y`` (real dtypes): with NaN only ``!=`` holds; what orders may raise the flag "invalid" for it."""
+        """Return i1 lanes of ``x op y`` (real dtypes): with NaN only ``!=`` holds. ``complains``: of NaN, as "invalid"."""
+        if x.dtype == FLOAT16:  # only processors with arithmetic of it compare it quietly
+            return self.compare(op, self.convert(x, FLOAT32), self.convert(y, FLOAT32), complains=complains)
         if x.dtype.kind == "f":
+            if complains:
+                self.flag(self.builder.fcmp_unordered("uno", x.real, y.real), "invalid")
             if op == "!=":
                 return self.builder.fcmp_unordered(op, x.real, y.real)
-            if op != "==" and not complains and self.has_quiet_order:
+            if op != "==" and self.has_quiet_order:
                 return self._quietly_ordered(op, x, y)
             return self.builder.fcmp_ordered(op, x.real, y.real)
         if x.dtype.kind == "i":

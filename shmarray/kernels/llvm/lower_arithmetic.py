@@ -215,16 +215,14 @@ def _float_rest(k: Lanes, x: Vec, y: Vec) -> Vec:
     if x.dtype == FLOAT32:
         return k.convert(_float_rest(k, k.convert(x, FLOAT64), k.convert(y, FLOAT64)), FLOAT32)
     build, dtype = k.builder, x.dtype
-    exact = build.fdiv(x.real, y.real)
-    quotient = k.intrinsic("llvm.trunc", exact)
-    rest = Vec(dtype, k.intrinsic("llvm.fma", build.fneg(quotient), y.real, x.real))
-    zero = k.constant(0, dtype)
+    exact, zero = build.fdiv(x.real, y.real), k.constant(0, dtype)
+    quotient = Vec(dtype, k.intrinsic("llvm.trunc", exact))
+    divisor = k.select(k.compare("==", quotient, zero), zero, y)  # it may be infinite, of which zero times is NaN
+    rest = Vec(dtype, k.intrinsic("llvm.fma", build.fneg(quotient.real), divisor.real, x.real))
     is_over = build.and_(k.compare("!=", rest, zero), build.xor(k.sign_bit(rest), k.sign_bit(x)))
     moved = k.select(is_over, Vec(dtype, build.fadd(rest.real, k.copysign(k.fabs(y), x).real)), rest)
-    # By infinity, a finite number stays as it is; what is left of zero quotient has the sign of x, and so has zero.
-    moved = k.select(k.compare("==", Vec(dtype, quotient), zero), x, moved)
     is_hard = k.compare(">=", k.fabs(Vec(dtype, exact)), k.constant(2.0**52, dtype))
-    return k.where_any(is_hard, lambda: k.math("fmod", x, y), k.copysign(moved, x))
+    return k.where_any(is_hard, lambda: k.math("fmod", x, y), k.copysign(moved, x))  # of zero, too, the sign is that of x
 
 
 def _float_divmod(k: Lanes, x: Vec, y: Vec) -> tuple[Vec, Vec]:

@@ -27,8 +27,11 @@ def _parts(x: Vec) -> list[Vec]:
 # ------------------------------------------------------------------------------------------------------------ comparison
 
 
-def _compare(k: Lanes, op: str, x: Vec, y: Vec) -> ir.Value:
-    """Return i1 lanes; complex values are ordered by their real, then by their imaginary parts, those with NaN not at all."""
+def _compare(k: Lanes, op: str, x: Vec, y: Vec, *, complains: bool = False) -> ir.Value:
+    """Return i1 lanes; complex values are ordered by their real, then by their imaginary parts, those with NaN not at all.
+
+    ``complains``: of these, as NumPy's comparisons of complex values, and of them alone, do.
+    """
     build = k.builder
     if x.imag is None:
         if x.dtype.kind != y.dtype.kind:  # int64 with uint64, which no dtype holds
@@ -40,8 +43,8 @@ def _compare(k: Lanes, op: str, x: Vec, y: Vec) -> ir.Value:
     if op == "!=":
         return build.or_(k.compare(op, a, c), k.compare(op, b, d))
     number = build.not_(build.or_(k.is_nan(b), k.is_nan(d)))
-    first = build.and_(k.compare(op[0], a, c, complains=True), number)  # as NumPy, of NaN, in loops of complex values alone
-    return build.or_(first, build.and_(k.compare("==", a, c), k.compare(op, b, d, complains=True)))
+    first = build.and_(k.compare(op[0], a, c, complains=complains), number)
+    return build.or_(first, build.and_(k.compare("==", a, c), k.compare(op, b, d, complains=complains)))
 
 
 def _compare_signs(k: Lanes, op: str, x: Vec, y: Vec) -> ir.Value:
@@ -56,7 +59,7 @@ def _compare_signs(k: Lanes, op: str, x: Vec, y: Vec) -> ir.Value:
 def _comparison(name: str, op: str) -> None:
     @lowers(name)
     def emit(k: Lanes, xs: Vecs, call: Call) -> Vec:
-        return Vec(BOOL, _compare(k, op, *xs))
+        return Vec(BOOL, _compare(k, op, xs[0], xs[1], complains=True))
 
 
 for _name, _op in {"equal": "==", "not_equal": "!=", "less": "<", "less_equal": "<=", "greater": ">", "greater_equal": ">="}.items():

@@ -124,9 +124,8 @@ def _logaddexp(k: Lanes, xs: Vecs, call: Call) -> Vec:
     x, y = xs
     build, dtype = k.builder, x.dtype
     gap = Vec(dtype, build.fsub(x.real, y.real))
-    larger = k.select(k.compare(">", gap, k.constant(0, dtype)), x, y)
+    larger = k.select(k.compare(">", gap, k.constant(0, dtype), complains=True), x, y)  # as NumPy's comparison does
     more = k.math("log1p", k.math("exp", Vec(dtype, build.fneg(k.fabs(gap).real))))
-    k.flag(k.is_nan(gap), "invalid")  # NumPy's comparison says so of NaN
     found = k.select(k.is_nan(gap), gap, Vec(dtype, build.fadd(larger.real, more.real)))
     double = Vec(dtype, build.fadd(x.real, k.constant(math.log(2.0), dtype).real))
     return k.select(k.compare("==", x, y), double, found)
