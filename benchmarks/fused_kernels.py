@@ -533,10 +533,8 @@ def child_numba(kind: str, when: str) -> None:
     print_first_and_later(lambda: loop(x, x))
 
 
-# ---- TO BE FILLED IN, when shmarray.kernels.llvm is there ---------------------------------------------------------------------------
-
-LLVM_CACHE_VARIABLE = "XDG_CACHE_HOME"  # the environment variable that says where shmarray keeps compiled kernels; a guess
-LLVM_ITEMS = 100_000  # so many that the kernel is compiled, so few that running it costs nothing; a guess
+LLVM_CACHE_VARIABLE = "SHMARRAY_CACHE_DIRECTORY"  # the environment variable that says where shmarray keeps compiled kernels
+LLVM_ITEMS = 100_000  # so few that running the kernel costs nothing
 
 
 def shmarray_compile_times(runs: int) -> measure.Times:
@@ -544,7 +542,7 @@ def shmarray_compile_times(runs: int) -> measure.Times:
     try:
         return compile_times("shmarray llvm", LLVM_CACHE_VARIABLE, runs, "shmarray")
     except (RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"    without shmarray: {error} LLVM_CACHE_VARIABLE and LLVM_ITEMS are to be filled in")
+        print(f"    without shmarray: {error}")
         return {}
 
 
@@ -555,9 +553,6 @@ def child_shmarray(when: str) -> None:
         if when == "after":
             (x - 1).max().compute()
         print_first_and_later(lambda: chain(sa, x, x).mean().compute())
-
-
-# -------------------------------------------------------------------------------------------------------------------------------------
 
 
 def print_first_and_later(function: Case) -> None:

@@ -32,6 +32,7 @@ from shmarray.tiles import Grid, blocks
 __all__ = ["CompiledKernel"]
 
 MOST_REPLAYS = 8  # a layer whose every piece raises flags is computed twice only so often per process
+_ONE = slice(0, 1)
 _PROBLEMS = tuple(
     (kind, FLAGS[kind], problem) for kind, problem in (("divide", "divide by zero"), ("over", "overflow"), ("invalid", "invalid value"))
 )
@@ -256,76 +257,116 @@ class _Bound:
                 words[where.place_strides + loop] = self.place_strides[axes[-1]]
         self.kept_loops = [axes for axes, reduced in zip(kernel.loops, s.reduced, strict=True) if not reduced]
         self.is_across = is_across
+        self.is_one_piece = kernel.piece_sizes == plain.grid.sizes and plain.grid.edges is None and not self.made
+        self.layouts: dict[tuple[int, ...], tuple[list[tuple[np.ndarray[Any, Any], ...]], list[tuple[int, int]]]] = {}
 
-    def _new_states(self, piece: Box) -> list[tuple[np.ndarray[Any, Any], ...]]:
-        """Return arrays for the states of a piece, in the order of its axes, and enter them."""
-        s, words, where, axes = self.kernel.structure, self.words, self.where, self.plain.axes  # type: ignore[union-attr]
+    def _states_of(self, piece: Box) -> list[tuple[np.ndarray[Any, Any], ...]]:
+        """Enter the arrays for the states of a piece and return them, in the order of its axes; the same for every piece of a shape."""
+        words, where = self.words, self.where
+        shape = tuple([p.stop - p.start for p in piece])
+        found = self.layouts.get(shape)
+        if found is None:
+            found = self.layouts[shape] = self._new_states(shape)
+        states, entries = found
+        for word, value in entries:
+            words[word] = value
+        first = 0
+        for a, stride in self.place_strides.items():
+            first += piece[a].start * stride
+        words[where.first_place] = first
+        return states
+
+    def _new_states(self, shape: tuple[int, ...]) -> tuple[list[tuple[np.ndarray[Any, Any], ...]], list[tuple[int, int]]]:
+        """Return arrays for the states of pieces of ``shape``, and what to enter for them: (word, value)."""
+        s, where = self.kernel.structure, self.where
         order = [a for loop in self.kept_loops for a in loop]
-        counts = [piece[a].stop - piece[a].start for a in order]
-        grouped = [math.prod(piece[a].stop - piece[a].start for a in loop) for loop in self.kept_loops]
+        counts = [shape[a] for a in order]
+        grouped = [math.prod(shape[a] for a in loop) for loop in self.kept_loops]
         padded = list(grouped)
         if self.is_across:
             padded[-1] = -(-padded[-1] // s.lanes) * s.lanes
         step = 1
+        entries = []
         loops = [loop for loop, reduced in enumerate(s.reduced) if not reduced]
         for loop, n in zip(reversed(loops), reversed(padded), strict=True):
-            words[where.state_strides + loop] = step
+            entries.append((where.state_strides + loop, step))
             step *= n
-        others = [a for a in range(len(piece)) if a not in order]  # reduced, or of length 1 in a piece
+        others = [a for a in range(len(shape)) if a not in order]  # reduced, or of length 1 in a piece
         back = np.argsort([*order, *others])
         used: Any = (*(slice(0, n) for n in grouped), ...)  # the dots: 0-d stays an array
-        states = []
-        word = where.states
+        states, word = [], where.states
         for form in s.folds:
-            mine = []
-            for dtype in map(np.dtype, form.states):
-                array = np.empty(step, dtype)
-                words[word] = array.ctypes.data
+            mine: list[np.ndarray[Any, Any]] = []
+            for name in form.states:
+                array = np.empty(step, np.dtype(name))
+                entries.append((word, array.ctypes.data))
                 word += 1
                 whole = array.reshape(padded)[used]
                 mine.append(whole.reshape([*counts, *(1 for _ in others)]).transpose(back))
             states.append(tuple(mine))
-        words[where.first_place] = sum(piece[a].start * self.place_strides[a] for a in axes)
-        return states
+        return states, entries
 
     def _run_reduce(self, index: int) -> None:
         plain = self.plain
         assert isinstance(plain, ReduceKernel)
-        grid, axes, sizes = plain.grid, plain.axes, self.kernel.piece_sizes
+        grid, axes = plain.grid, plain.axes
         whole, split = grid.box(index), split_number(grid, axes, index)
-        kept = tuple([slice(0, 1) if a in axes else p for a, p in enumerate(whole)])
+        kept = tuple([_ONE if a in axes else p for a, p in enumerate(whole)])
+        for out in self.outs:
+            if isinstance(out, Staged):
+                out.begin(kept)
+        if self.is_one_piece:
+            states = self._states_of(whole)
+            self._call(whole)
+            self._commit(whole)
+            self._finish(kept, split, [(state, self._count(whole)) for state in states])
+        else:
+            self._walk(index, kept, split)
+        for out in self.outs:
+            if isinstance(out, Staged):
+                out.flush(kept)
+
+    def _count(self, piece: Box) -> int:
+        """Return how many items of a piece go into one result."""
+        count = 1
+        for a in self.place_strides:
+            count *= piece[a].stop - piece[a].start
+        return count
+
+    def _walk(self, index: int, kept: Box, split: int) -> None:
+        """Compute a box tile by tile and piece by piece, and merge what comes out."""
+        grid, sizes, axes = self.plain.grid, self.kernel.piece_sizes, self.place_strides
         kept_sizes = tuple([1 if a in axes else n for a, n in enumerate(sizes)])
         reduced_sizes = tuple([n if a in axes else 1 for a, n in enumerate(sizes)])
         kept_pieces = list(blocks(kept, kept_sizes))
         growing = [[Tree(row.combine) for row in self.rows] for _ in kept_pieces]
-        for out in self.outs:
-            if isinstance(out, Staged):
-                out.begin(kept)
         for tile in grid.tiles(index):
             self._make(tile)
-            reduced = tuple([p if a in axes else slice(0, 1) for a, p in enumerate(tile)])
+            reduced = tuple([p if a in axes else _ONE for a, p in enumerate(tile)])
             for kept_piece, trees in zip(kept_pieces, growing, strict=True):
                 for reduced_piece in blocks(reduced, reduced_sizes):
                     piece = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_piece, reduced_piece, strict=True))])
-                    states = self._new_states(piece)
+                    states = self._states_of(piece)
                     self._call(piece)
                     self._commit(piece)
-                    count = math.prod([piece[a].stop - piece[a].start for a in axes])
                     for tree, state in zip(trees, states, strict=True):
-                        tree.push(state, count)
+                        tree.push(tuple([values.copy() for values in state]), self._count(piece))
         for kept_piece, trees in zip(kept_pieces, growing, strict=True):
-            for spec, row, extra, tree, windows, out in zip(
-                plain.specs, self.rows, self.params, trees, self.partials, self.outs, strict=True
-            ):
-                with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warner(spec.label, spec.line)):
-                    merged, count = tree.result()
-                    if out is not None:
-                        put(out, kept_piece, row.finish(merged, count, spec.dtype, extra))
-                for window, state in zip(windows, merged, strict=False):
-                    put(window, (slice(split, split + 1), *kept_piece), state[None])
-        for out in self.outs:
-            if isinstance(out, Staged):
-                out.flush(kept)
+            self._finish(kept_piece, split, [tree.result() for tree in trees])
+
+    def _finish(self, kept: Box, split: int, results: list[tuple[tuple[np.ndarray[Any, Any], ...], int]]) -> None:
+        """Write states to the partial results, or what they come to to the results."""
+        plain = self.plain
+        assert isinstance(plain, ReduceKernel)
+        for spec, row, extra, windows, out, (states, count) in zip(
+            plain.specs, self.rows, self.params, self.partials, self.outs, results, strict=True
+        ):
+            if out is None:
+                for window, state in zip(windows, states, strict=True):
+                    put(window, (slice(split, split + 1), *kept), state[None])
+                continue
+            with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warner(spec.label, spec.line)):
+                put(out, kept, row.finish(states, count, spec.dtype, extra))
 
     def _warner(self, label: str, line: str) -> Callable[[str, int], None]:
         return lambda problem, flag: self.context.warn("RuntimeWarning", f"{problem} encountered in {label}", line)
