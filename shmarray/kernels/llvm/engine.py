@@ -109,8 +109,9 @@ class _Draft:
         self.traffic += [self.traffic[k] for k in self.aside]
         self.traffic += [self._fill_traffic(step) for step in self.fills]
         dtypes = [r.dtype for r in program.registers] + [o.dtype for o in program.operands]
-        folds = plain.specs if isinstance(plain, ReduceKernel) else ()
-        dtypes += [d for spec in folds for d in spec.state_dtypes]
+        for spec in plain.specs if isinstance(plain, ReduceKernel) else ():
+            fold = fold_of(spec.kind, program.registers[spec.register].dtype, spec.state_dtypes)
+            dtypes += fold.accumulators()
         for dtype in dtypes:
             element_type(dtype)
         self.lanes = lanes_of([part_dtype(d).itemsize for d in dtypes])

@@ -17,11 +17,13 @@ from llvmlite import ir
 
 from shmarray.kernels.llvm.lanes import BOOL, FLOAT64, Lanes, NotLowered, Vec
 from shmarray.kernels.llvm.lower import LOWERINGS, Call
+from shmarray.kernels.llvm.structure import LEAF_STRIPS
 
 __all__ = ["Fold", "fold_of"]
 
 Values = list[ir.Value]
 INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
+_MOST_STRIPS = 2 * LEAF_STRIPS - 1  # in a leaf: a row that begins in one that is not full ends there
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,29 @@ def _parts(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], ...]:
     if dtype.kind == "c":
         return (np.dtype(f"f{dtype.itemsize // 2}"),) * 2
     return (dtype,)
+
+
+class _Count(Fold):
+    """The sum of integers or booleans: within a leaf in the narrowest dtype that cannot overflow there, so that more lanes fit."""
+
+    __slots__ = ()
+
+    def accumulators(self) -> tuple[np.dtype[Any], ...]:
+        if self.given.kind == "b":
+            return (UINT8,)
+        return (np.dtype(f"{self.given.kind}{min(8, 2 * self.given.itemsize)}"),)
+
+    def nodes(self) -> tuple[np.dtype[Any], ...]:
+        return (self.dtype,)
+
+    def start(self, k: Lanes) -> Values:
+        return [k.constant(0, self.accumulators()[0]).real]
+
+    def step(self, k: Lanes, acc: Values, x: Vec, index: ir.Value | None) -> Values:
+        return [k.builder.add(acc[0], k.convert(x, self.accumulators()[0]).real)]
+
+    def close(self, k: Lanes, acc: Values, count: ir.Value | None) -> Values:
+        return [k.convert(Vec(self.accumulators()[0], acc[0]), self.dtype).real]
 
 
 class _Truth(Fold):
@@ -243,6 +268,9 @@ def fold_of(kind: str, given: np.dtype[Any], states: Sequence[np.dtype[Any]]) ->
         if kind not in LOWERINGS:
             raise NotLowered(nothing)
         return Fold(kind, given, states, kind, -1 if kind == "bitwise_and" else 0)
+    if kind == "add" and given.kind in "biu" and states[0].kind in "iu" and states[0].itemsize == 8:
+        assert np.iinfo(np.uint8).max >= _MOST_STRIPS  # of booleans; products of integers' limits with it fit twice their width, too
+        return _Count(kind, given, states, "add", 0)
     if kind in ("add", "mean", "multiply") and states[0].kind != "b":
         if kind == "multiply":
             return Fold(kind, given, states, "multiply", 1)

@@ -27,7 +27,7 @@ __all__ = [
 
 # fenv.h's numbers of what the processor notes, by np.errstate's names.
 FLAGS = {"invalid": 1, "divide": 2, "over": 4} if platform.machine() == "aarch64" else {"invalid": 1, "divide": 4, "over": 8}
-LEAF_STRIPS = 64  # strips (or rows) of a leaf: a lane adds so many values one after the other, pairs of leaves above
+LEAF_STRIPS = 128  # strips (or rows) of a leaf: a lane adds so many values one after the other, pairs of leaves above
 MOST_LEVELS = 40  # of the tree: 2**40 leaves
 STRIP_ALIGNMENT = 64  # bytes: a line of cache, and the widest vector
 BLOCK_ITEMS = 1024  # items of the inner loop that a reduction across it keeps accumulators for: they stay in the first cache
