@@ -82,7 +82,7 @@ def _describe(index: int) -> str:
 class Layer:
     """The family of tasks of one fused operation.
 
-    ``place`` is "worker", or "driver" for work only the driver can do (reading a source that no worker reaches).
+    ``place`` is "worker", or "driver" for work only the driver can do (reading a source that no worker reaches), or does sooner.
     ``retry`` is False when a task reads what it writes, so that running it twice would be wrong.
     ``nbytes_per_task`` is a hint of a task's cost (bytes moved, weighted); 0 means unknown, as for a user's function.
     ``describe(i)`` names a task in an error; ``line`` is the user's line ``file:number`` that built the expression.

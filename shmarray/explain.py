@@ -136,7 +136,7 @@ class _Writer:
         tasks = "1 task" if layer.ntasks == 1 else f"{layer.ntasks:,} tasks of {sizes}"
         where = f"{tasks} over {tuple(piece.stop for piece in last)}"
         if layer.place == "driver":
-            where += ", in this process: no other can read the source"
+            where += ", in this process: no other can read the source" if _foreign(told) else ", in this process: sooner done than sent"
         return ("numpy", f"{where}; not compiled: {told.why_not_compiled}") if told.why_not_compiled else ("llvm", where)
 
     def _operations(self, told: LayerOutline) -> str:

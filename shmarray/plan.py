@@ -71,6 +71,7 @@ from shmarray.tiles import (
 __all__ = ["LayerOutline", "Outline", "Space", "Target", "build_plan", "outline"]
 
 Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are reduced, None where nothing is
+FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
 
@@ -554,6 +555,8 @@ class _Builder:
                         spec.partials,
                         (out,),
                         16 * len(splits) * math.prod(fold.sizes),
+                        # Waking a worker takes longer.
+                        place="driver" if len(splits) * math.prod(out.shape) <= FEW_PARTIAL_ITEMS else "worker",
                     )
                 )
         for root, part in along:

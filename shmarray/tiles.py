@@ -85,8 +85,11 @@ class Grid:
 
     def index(self, number: int) -> tuple[int, ...]:
         """Return the index, per axis, of box ``number``."""
+        counts = self.counts
+        if len(counts) == 1:
+            return (number,)
         result = []
-        for count in reversed(self.counts):
+        for count in reversed(counts):
             number, k = divmod(number, count)
             result.append(k)
         return tuple(reversed(result))

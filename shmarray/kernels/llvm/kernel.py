@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +67,17 @@ class CompiledKernel:
 
     def bind(self, context: Context) -> Callable[[int], None]:
         return _Bound(self, context).run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        short = replace(self, structure=replace(self.structure, steps=(), registers=()))  # what only the code depends on
+        fields = tuple(getattr(short, name) for name in self.__slots__)
+        if self.program.made:
+            return CompiledKernel, fields  # a user's function may be among them: cloudpickle knows how to send it
+        return _loaded, (pickle.dumps(fields, pickle.HIGHEST_PROTOCOL),)  # five times as fast
+
+
+def _loaded(blob: bytes) -> CompiledKernel:
+    return CompiledKernel(*pickle.loads(blob))
 
 
 class _Aside:
@@ -258,6 +270,7 @@ class _Bound:
         self.kept_loops = [axes for axes, reduced in zip(kernel.loops, s.reduced, strict=True) if not reduced]
         self.is_across = is_across
         self.is_one_piece = kernel.piece_sizes == plain.grid.sizes and plain.grid.edges is None and not self.made
+        self.is_split = any(spec.partials for spec in plain.specs)
         self.layouts: dict[tuple[int, ...], tuple[list[tuple[np.ndarray[Any, Any], ...]], list[tuple[int, int]]]] = {}
 
     def _states_of(self, piece: Box) -> list[tuple[np.ndarray[Any, Any], ...]]:
@@ -310,7 +323,8 @@ class _Bound:
         plain = self.plain
         assert isinstance(plain, ReduceKernel)
         grid, axes = plain.grid, plain.axes
-        whole, split = grid.box(index), split_number(grid, axes, index)
+        whole = grid.box(index)
+        split = split_number(grid, axes, index) if self.is_split else 0
         kept = tuple([_ONE if a in axes else p for a, p in enumerate(whole)])
         for out in self.outs:
             if isinstance(out, Staged):
