@@ -124,6 +124,8 @@ class Plan:
     isolated: bool = False
     locks: tuple[LockRequest, ...] = ()
     keep: tuple[Any, ...] = field(default=(), compare=False)
+    # By layer: (digest, pickle) of its kernel, made when first sent; plans made from one by `dataclasses.replace` share it.
+    pickles: dict[int, tuple[bytes, bytes]] = field(default_factory=dict, compare=False, repr=False)
 
     def check(self) -> None:
         """Assert what every layer relies on."""

@@ -30,8 +30,9 @@ from shmarray.fuse import is_zero
 from shmarray.handle import Handle, in_memory, wrap_stored
 from shmarray.kernels.numpy import MapKernel
 from shmarray.optimise import substitute
-from shmarray.plan import Target, build_plan
+from shmarray.plan import Target
 from shmarray.storage import Layout, Storage
+from shmarray.templates import plan_for
 
 __all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
 
@@ -134,7 +135,7 @@ def write(target: Handle, value: Expr, scheduler: str | None = None) -> None:
 def plan_of(nodes: Sequence[Expr]) -> Plan:
     """Return the plan that computing ``nodes`` would run."""
     targets = [Target(n.shape, n.dtype) for n in nodes]
-    return build_plan(nodes, targets, current_pool())
+    return plan_for(nodes, targets, current_pool())
 
 
 def run(
@@ -168,7 +169,7 @@ def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], schedule
         for storage, layout in written:
             storage.begin_write()
             begun.append((storage, layout))
-        plan = build_plan([n for n, _ in pairs], [t for _, t in pairs], pool)
+        plan = plan_for([n for n, _ in pairs], [t for _, t in pairs], pool)
         told = line  # from here on part of it may be written
         report = _run_plan(pairs, plan, begun, scheduler, pool)
     finally:
@@ -218,7 +219,7 @@ def _run_staged(pairs: list[tuple[Expr, Target]], scheduler: str | None, pool: P
             continue
         aside = Storage(pool, target.shape, target.dtype, default_chunks(target.shape, target.dtype))
         targets.append(Target(target.shape, target.dtype, storage=aside, layout=aside.layout))
-    plan = build_plan(substitute([n for n, _ in pairs], new), targets, pool)
+    plan = plan_for(substitute([n for n, _ in pairs], new), targets, pool)
     report = pool.run(plan, scheduler or config.scheduler)
     for (_, target), staged in zip(pairs, targets, strict=True):
         if staged is target:

@@ -68,7 +68,7 @@ from shmarray.tiles import (
     walked_grid,
 )
 
-__all__ = ["LayerOutline", "Outline", "Space", "Target", "build_plan", "outline"]
+__all__ = ["Bindings", "LayerOutline", "Outline", "Space", "Target", "build_plan", "lock_requests", "make_result", "outline"]
 
 Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are reduced, None where nothing is
 FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
@@ -88,6 +88,7 @@ class Target:
     storage: Storage | None = None
     layout: Layout | None = None
     is_new: bool = False  # nobody has seen the storage yet, so that nobody minds it half written
+    order: tuple[int, ...] | None = None  # of the axes in memory, of an array made by `build_plan`
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +113,32 @@ class Outline:
     owners: dict[int, tuple[str, str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Bindings:
+    """What in a plan is of one time: which buffer each storage and each NumPy array is, what is read and written of storages."""
+
+    storages: dict[int, int]  # by identity
+    arrays: dict[int, int]  # by id()
+    uses: tuple[tuple[int, Layout, str], ...]  # identity, part, "r" or "w"
+
+
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray[Any, Any]]
 
 
-def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> Plan:
-    """Return the plan that fills ``targets`` with ``roots``, which have their shapes and dtypes."""
-    return _built(roots, targets, pool, result_memory().empty).plan()
+def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> tuple[Plan, Bindings]:
+    """Return the plan that fills ``targets`` with ``roots``, which have their shapes and dtypes, and what in it is of this time."""
+    builder = _built(roots, targets, pool, result_memory().empty)
+    return builder.plan(), Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses))
+
+
+def lock_requests(uses: Iterable[tuple[Storage, Layout, str]]) -> tuple[LockRequest, ...]:
+    """Return the cells of parts of storages to be locked, to read or to write."""
+    modes: dict[tuple[int, int, int], str] = {}
+    for storage, layout, mode in uses:
+        for request in storage.requests(layout, mode):
+            key = (request.extent, request.start, request.stop)
+            modes[key] = "w" if "w" in (mode, modes.get(key)) else "r"
+    return tuple(LockRequest(e, a, b, mode) for (e, a, b), mode in sorted(modes.items()))
 
 
 def outline(roots: Sequence[Expr], pool: Pool) -> Outline:
@@ -129,12 +150,18 @@ def _without_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[
     return as_strided(np.empty(1, dtype), shape, c_strides(shape, dtype.itemsize))
 
 
+def make_result(target: Target, order: tuple[int, ...], empty: Empty | None = None) -> None:
+    """Give a target an array, its axes in memory in this order."""
+    array = (empty or result_memory().empty)(tuple(target.shape[a] for a in order), target.dtype)
+    target.array, target.order = array.transpose(np.argsort(order)), order
+
+
 def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: Empty) -> _Builder:
     optimised = optimise(tuple(roots))
     builder = _Builder(pool, frozenset(optimised.kept))
     for root, target in zip(optimised.roots, targets, strict=True):
         if target.array is None and target.storage is None:
-            target.array = _empty_like(root, empty)
+            make_result(target, _memory_order_of(root), empty)
         builder.add_target(target)
         if target.storage is not None and not target.is_new and _may_fail(root):
             builder.aside.add(builder.targets[-1])
@@ -147,17 +174,15 @@ def _may_fail(root: Expr) -> bool:
     return any(isinstance(n, Foreign) or (isinstance(n, Block) and n.operation.isolated) for n in postorder([root]))
 
 
-def _empty_like(root: Expr, empty: Empty) -> np.ndarray[Any, Any]:
-    """Return an array for the values of ``root``, its axes in memory in the order they have in what it reads."""
+def _memory_order_of(root: Expr) -> tuple[int, ...]:
+    """Return the order of axes in memory for the values of ``root``: that of what it reads."""
     order: tuple[int, ...] | None = None
     if isinstance(root, Elementwise) and len(root.shape) > 1:
         chain = postorder([root], lambda n: n.inputs if isinstance(n, Elementwise) else ())
         strides = [_strides_of(n) for n in chain if n.shape == root.shape and not isinstance(n, Elementwise)]
         if strides and all(s is not None for s in strides):
             order = memory_order([Operand(0, 0, root.shape, s, root.dtype) for s in strides if s is not None], len(root.shape))
-    if order is None:
-        order = tuple(range(len(root.shape)))
-    return empty(tuple(root.shape[a] for a in order), root.dtype).transpose(np.argsort(order))
+    return tuple(range(len(root.shape))) if order is None else order
 
 
 def _strides_of(node: Expr) -> tuple[int, ...] | None:
@@ -203,7 +228,7 @@ class _Builder:
         self.operands: dict[Expr, Operand] = {}  # memory nodes and leaves that lie somewhere already
         self.storage_buffers: dict[int, int] = {}
         self.array_buffers: dict[int, int] = {}
-        self.locks: dict[tuple[int, int, int], str] = {}
+        self.uses: dict[tuple[int, Layout, str], Storage] = {}
         self.keep: list[Any] = []
         self.writers: dict[int, list[int]] = {}
         self.readers: dict[int, list[int]] = {}
@@ -239,9 +264,7 @@ class _Builder:
             address, extent = storage.address(self.pool)
             buffer = self.storage_buffers[storage.identity] = self._bound(storage.nbytes, address)
             self.keep.extend((storage, extent))
-        for request in storage.requests(layout, mode):
-            key = (request.extent, request.start, request.stop)
-            self.locks[key] = "w" if "w" in (mode, self.locks.get(key)) else "r"
+        self.uses[storage.identity, layout, mode] = storage
         return Operand(buffer, layout.offset, layout.shape, layout.strides, layout.dtype)
 
     def of_array(self, array: np.ndarray[Any, Any]) -> Operand:
@@ -853,7 +876,7 @@ class _Builder:
                     line=draft.line,
                 )
             )
-        locks = tuple(LockRequest(e, a, b, mode) for (e, a, b), mode in sorted(self.locks.items()))
+        locks = lock_requests((storage, layout, mode) for (_, layout, mode), storage in self.uses.items())
         return Plan(
             buffers=tuple(self.buffers),
             layers=tuple(layers),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import shmarray as sa
-from shmarray import passes, plan, tiles
+from shmarray import passes, plan, templates, tiles
 from shmarray.ops import linalg
 
 EXECUTORS = ("synchronous", "threads", "processes")
@@ -41,6 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
     sa.config.set(cache_directory=directory.name)
 
 
+@pytest.fixture(autouse=True)
+def fresh_plans() -> None:
+    """Begin without templates: a test may have changed what planning looks at."""
+    templates.forget()
+
+
 @pytest.fixture(params=EXECUTORS)
 def executor(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once with each executor; the default pool stays warm from test to test."""
@@ -60,6 +66,7 @@ def pool() -> Iterator[sa.Pool]:
 @contextlib.contextmanager
 def _small_grids(**sizes: int) -> Iterator[None]:
     values = {**GRIDS, **PRODUCTS, **sizes}
+    templates.forget()
     with pytest.MonkeyPatch.context() as patch:
         for module in (tiles, passes, plan, linalg):
             for name, value in values.items():
@@ -67,6 +74,7 @@ def _small_grids(**sizes: int) -> Iterator[None]:
                     patch.setattr(module, name, value)
         patch.setattr(tiles.block_sizes, "__defaults__", (values["BLOCK_ITEMS"],))
         yield
+    templates.forget()
 
 
 @pytest.fixture(scope="session")

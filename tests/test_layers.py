@@ -44,6 +44,7 @@ kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
+templates
 compute
 explain
 ops.elementwise ops.random
@@ -63,6 +64,7 @@ DOORS = {
         "explain",
         "plan",
         "storage",
+        "templates",
         "engines",
         "kernels.numpy",
         "kernels.reduce",
@@ -70,7 +72,7 @@ DOORS = {
         "kernels.sources",
         "kernels.llvm.kernel",
     },
-    "scheduler.run": {"__init__", "compute", "explain", "plan", "storage"},
+    "scheduler.run": {"__init__", "compute", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {"array", "chunks", "config", "explain"},

@@ -24,9 +24,10 @@ class _Host(Host, Protocol):
 
 def run(pool: _Host, plan: Plan) -> Report:
     """Run the plan in worker processes and wait for it."""
-    kernels = pickle_kernels(plan.layers)
+    if not plan.pickles:
+        plan.pickles.update(pickle_kernels(plan.layers))
     workers = pool.worker_pool()
-    return workers.run(Running(pool, plan), kernels)
+    return workers.run(Running(pool, plan), plan.pickles)
 
 
 def pickle_kernels(layers: Iterable[Layer]) -> dict[int, tuple[bytes, bytes]]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmarray as sa
-from shmarray import engines
+from shmarray import engines, templates
 from shmarray.compute import current_pool, plan_of
 from shmarray.plan import Target, build_plan
 
@@ -139,7 +139,7 @@ def test_large_results_are_written_past_the_caches(shape: tuple[int, ...], dtype
 
 def test_results_that_are_small_or_not_aligned_stay_in_cache() -> None:
     def streams(expression: Any, target: Any) -> bool:
-        layers = build_plan(
+        layers, _ = build_plan(
             [expression.node], [Target(target.shape, target.dtype, storage=target._storage, layout=target._layout)], current_pool()
         )
         (form,) = [o for o in layers.layers[0].kernel.structure.operands if o.is_stored]
@@ -369,6 +369,7 @@ def test_code_is_kept_on_disk_and_bad_files_are_never_run(tmp_path: Path, monkey
 
     def run() -> dict[str, int]:
         objects._objects.clear()
+        templates.forget()
         before = objects.statistics()
         np.testing.assert_array_equal((x * 3.5 - x).compute(), x.compute() * 3.5 - x.compute())
         return {k: v - before[k] for k, v in objects.statistics().items() if k != "loaded"}
