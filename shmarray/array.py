@@ -453,7 +453,7 @@ class Array(Handle):
 
     def transpose(self, *axes: Any) -> Array:
         """Return the array with its axes reversed, or in the given order."""
-        order = axes[0] if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], (tuple, list))) else (axes or None)
+        order = axes[0] if len(axes) == 1 and not isinstance(axes[0], (int, np.integer)) else (axes or None)
         moved: Array = shaping.transpose(self, order)
         return moved
 
@@ -542,8 +542,10 @@ def _operators() -> None:
 
 
 def _binary_operator(name: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    apply = elementwise.power if name == "power" else functools.partial(elementwise.apply, name)
+
     def forward(self: Any, other: Any) -> Any:
-        return elementwise.apply(name, self, other) if _is_operand(other) else NotImplemented
+        return apply(self, other) if _is_operand(other) else NotImplemented
 
     def backward(self: Any, other: Any) -> Any:
         return elementwise.apply(name, other, self) if _is_operand(other) else NotImplemented
@@ -553,7 +555,7 @@ def _binary_operator(name: str) -> tuple[Callable[..., Any], Callable[..., Any],
             return NotImplemented
         # Live: what is updated is read under the locks of the write, so that two threads that add are both counted.
         mine = self if self._storage is None else self.live
-        _write_out(elementwise.apply(name, mine, other), self, getattr(np, name), "same_kind")
+        _write_out(apply(mine, other), self, getattr(np, name), "same_kind")
         return self
 
     return forward, backward, in_place

@@ -20,7 +20,7 @@ from shmarray.handle import Handle, as_handle, as_node, value_of, wrap
 from shmarray.ops.table import ROWS, row_for
 from shmarray.region import broadcast_shape
 
-__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "isclose", "nan_to_num", "round", "where"]
+__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "isclose", "nan_to_num", "power", "round", "where"]
 
 _DEFAULT_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 
@@ -37,14 +37,32 @@ def apply(name: str, *args: Any, **params: Any) -> Any:
         params["dtype"] = checked_dtype(params["dtype"])
     given = tuple(n.dtype if isinstance(n, Expr) else n for n in nodes)
     dtypes = _inferred(_Call(name, given, tuple(params.items())))
-    state = np.geterr()
-    errstate = () if state == _DEFAULT_ERRSTATE else tuple((k, v) for k, v in state.items() if _DEFAULT_ERRSTATE[k] != v)
+    errstate = _errstate()
     chunks = broadcast_chunks(shape, [(a.shape, a.chunks) for a in args if isinstance(a, Handle)])
     outputs = tuple(
         wrap(make(Elementwise, shape, dtypes[k], name, tuple(nodes), tuple(sorted(params.items())), k, errstate), chunks)
         for k in range(row.nout)
     )
     return outputs if row.nout > 1 else outputs[0]
+
+
+def power(x: Any, exponent: Any) -> Any:
+    """Return ``x ** exponent`` as NumPy's operator gives it: its square, square root or reciprocal, where that is what is asked."""
+    name = "power"
+    if isinstance(x, Handle) and type(exponent) in (int, float):
+        if x.dtype.kind in "fc":
+            name = {2: "square", 0.5: "sqrt", 1: "positive"}.get(exponent, name)
+            if type(exponent) is int and exponent == -1:
+                name = "reciprocal"
+        elif x.dtype.kind in "biu" and type(exponent) is int and exponent == 2:
+            name = "square"
+    return apply(name, x, exponent) if name == "power" else apply(name, x)
+
+
+def _errstate() -> tuple[tuple[str, str], ...]:
+    """Return what np.errstate says here, where that is not the default."""
+    state = np.geterr()
+    return () if state == _DEFAULT_ERRSTATE else tuple((k, str(v)) for k, v in state.items() if _DEFAULT_ERRSTATE[k] != v)
 
 
 class _Call:
@@ -86,7 +104,7 @@ def cast(x: Any, dtype: Any, casting: str = "unsafe") -> Any:
         raise TypeError(f"Cannot cast array data from {x.dtype!r} to {dtype!r} according to the rule {casting!r}")
     if dtype == x.dtype:
         return x
-    return wrap(make(Elementwise, x.shape, dtype, "astype", (x.node,)), x.chunks)
+    return wrap(make(Elementwise, x.shape, dtype, "astype", (x.node,), (), 0, _errstate()), x.chunks)
 
 
 def where(condition: Any, x: Any = None, y: Any = None, /) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -635,3 +636,25 @@ def test_parameters_of_numpys_function_are_taken_by_position() -> None:
 
     np.testing.assert_array_equal(sa.angle(z, True).compute(), np.angle(z, True))
     np.testing.assert_array_equal(np.angle(sa.array(z), True).compute(), np.angle(z, True))
+
+
+@pytest.mark.parametrize("dtype", ["?", "i1", "u2", "i8", "f2", "f4", "f8", "c16"])
+@pytest.mark.parametrize("exponent", [2, 2.0, 0.5, -1, -1.0, 1, 3, 0])
+def test_the_power_operator_is_numpys_with_its_shortcuts(dtype: str, exponent: float, outcome: Any) -> None:
+    a = np.array([0, 1, 2, 3, 100]).astype(dtype)
+    x = sa.asarray(a).persist()
+
+    (value, error, warned), (expected, its_error, its_warnings) = outcome(lambda: (x**exponent).compute()), outcome(lambda: a**exponent)
+
+    assert (error, warned) == (its_error, its_warnings)
+    if error is None:
+        assert value.dtype == expected.dtype
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_casts_heed_errstate() -> None:
+    with np.errstate(all="ignore"):
+        y = sa.asarray(np.array([np.nan, 1e300])).astype("i4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y.compute()
