@@ -46,7 +46,7 @@ def _has_llvmlite() -> bool:
 
 def _choose(kernel: Any, nbytes: int, is_remote: Callable[[int], bool]) -> tuple[Any, str]:
     if not isinstance(kernel, (MapKernel, ReduceKernel)):
-        return kernel, "not elementwise work or a reduction"
+        return kernel, "only chains of operations and reductions are"
     if config.engine == "numpy":
         return kernel, "engine='numpy'"
     if not _has_llvmlite():

@@ -292,6 +292,17 @@ def test_warnings_are_numpys(where: str) -> None:
         assert all(w.filename == __file__ for w in ours)
 
 
+def test_numpy_arrays_are_updated_in_place(executor: str) -> None:
+    a, b = values((300, 1000), float), values((300, 1000), float, 1)
+    target, other = a.copy(), a.copy()
+
+    sa.add(sa.asarray(target), sa.asarray(b), out=target)
+    (sa.asarray(other) * 2 - sa.asarray(b)).compute(out=other)
+
+    np.testing.assert_array_equal(target, a + b)
+    np.testing.assert_array_equal(other, a * 2 - b)
+
+
 def test_updates_in_place_warn_as_numpy_does() -> None:
     for update in (lambda v: np.divide(v, 0.0, out=v), lambda v: np.multiply(v, 1e200, out=v), lambda v: np.add(v, -v, out=v)):
         a = np.array([1e300, -np.inf, 0.0, 1.0] * 100)

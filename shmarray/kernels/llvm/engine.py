@@ -95,9 +95,9 @@ class _Draft:
         loaded = {s.operand for s in program.steps if isinstance(s, Load)}
         stored = {s.operand for s in program.steps if isinstance(s, Store)}
         self.blamed = _only_suspect(program)
-        self.aside = [] if self.blamed is not None else sorted(loaded & stored)
         self.loaded, self.stored = loaded, stored
         remote = {k for k, o in enumerate(program.operands) if o.source is None and is_remote(o.buffer)}
+        self.aside = sorted(k for k in loaded & stored if self.blamed is None or k in remote)
         self.piece_sizes = plain.grid.sizes
         if isinstance(plain, ReduceKernel):
             # Of one size wherever operands lie: pieces are nodes of the tree, and so decide bits.
