@@ -38,7 +38,7 @@ def _nbytes(value: Any) -> int:
 
 
 def _text(value: Any) -> str:
-    return str(os.fspath(value))
+    return os.path.expanduser(str(os.fspath(value)))
 
 
 def _scheduler(value: Any) -> str:
@@ -79,7 +79,19 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 
 class Config:
-    """The settings, as attributes: ``sa.config.workers``.
+    """The settings, as attributes: ``sa.config.workers``. None gives a setting its default.
+
+    =================== ===================== =====================================================================
+    name                default               meaning (environment: ``SHMARRAY_`` and the name in capitals)
+    =================== ===================== =====================================================================
+    workers             processors            worker processes of the default pool
+    memory_limit        60 % of what is there memory of the default pool, in bytes or as "8 GiB"
+    spill_directory     none                  where a pool may spill
+    chunk_size          16 MiB                of chunks made by ``chunks="auto"``
+    scheduler           by size of the work   "processes", "threads" or "synchronous"
+    engine              "auto"                "auto", "llvm" or "numpy": which kernels are compiled
+    cache_directory     ~/.cache/shmarray     where compiled kernels are kept
+    =================== ===================== =====================================================================
 
     >>> import shmarray as sa
     >>> with sa.config.set(scheduler="synchronous"):
@@ -163,7 +175,7 @@ class _Setting:
 
 def _checked(name: str, value: Any, where: str) -> Any:
     if value is None:
-        return None
+        return _DEFAULTS[name]
     try:
         return _CHECKS[name](value)
     except (TypeError, ValueError) as error:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from typing import Any
 
+from scheduler.limits import format_bytes
 from scheduler.task import Kernel
 from shmarray.config import config
 from shmarray.kernels.numpy import MapKernel
-from shmarray.kernels.reduce import ReduceKernel
+from shmarray.kernels.reduce import FinishKernel, ReduceKernel
 
 __all__ = ["COMPILING_PAYS_NBYTES", "engine_for", "plain_kernel", "why_not_compiled"]
 
+OLDEST_LLVMLITE = (0, 46)
 COMPILING_PAYS_NBYTES = 1 << 29  # of traffic, operations weighted: some 50 ms of one core in NumPy, of which code saves half or more
 
 
@@ -40,19 +43,32 @@ def why_not_compiled(kernel: Kernel, nbytes: int, is_remote: Callable[[int], boo
 
 
 @cache
-def _has_llvmlite() -> bool:
-    return importlib.util.find_spec("llvmlite") is not None
+def _lacks_llvmlite() -> str:
+    """Return why there is no llvmlite to compile with; empty when there is."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed (pip install shmarray[jit])"
+    try:
+        found = metadata.version("llvmlite")
+        number = tuple(int(part) for part in found.split(".")[:2])
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""
+    return "" if number >= OLDEST_LLVMLITE else f"llvmlite {found} is too old (pip install shmarray[jit])"
 
 
 def _choose(kernel: Any, nbytes: int, is_remote: Callable[[int], bool]) -> tuple[Any, str]:
+    if isinstance(kernel, FinishKernel):
+        return kernel, "folding partial results never is"
     if not isinstance(kernel, (MapKernel, ReduceKernel)):
         return kernel, "only chains of operations and reductions are"
     if config.engine == "numpy":
         return kernel, "engine='numpy'"
-    if not _has_llvmlite():
-        return kernel, "llvmlite is not installed (pip install shmarray[jit])"
+    if _lacks_llvmlite():
+        return kernel, _lacks_llvmlite()
     if config.engine == "auto" and nbytes < COMPILING_PAYS_NBYTES:
-        return kernel, "too little work to pay for compiling"
+        return (
+            kernel,
+            f"too little work to pay for it ({format_bytes(nbytes)} of {format_bytes(COMPILING_PAYS_NBYTES)}, operations weighted)",
+        )
     from shmarray.kernels.llvm import engine  # needs llvmlite, and takes 0.1 s
 
     try:

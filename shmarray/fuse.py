@@ -121,7 +121,8 @@ class ProgramWriter:
             return register
         assert isinstance(node, Elementwise), f"{node.name} has no memory"
         args = tuple(("r", self.known[a]) if isinstance(a, Expr) else ("c", a) for a in node.args)
-        key = (node.op, exact(args), exact(node.params), node.errstate)
+        dtype = node.dtype if row_for(node.op).nout == 1 else None  # of a cast nothing else says it
+        key = (node.op, exact(args), exact(node.params), node.errstate, dtype)
         outs = self.applied.get(key)
         if outs is None:
             row = row_for(node.op)
@@ -131,7 +132,8 @@ class ProgramWriter:
             outs = tuple(self._register(dtype, varies) for dtype in dtypes)
             self.steps.append(Apply(outs, node.op, args, node.params, node.errstate, line_of(node)))
             self.applied[key] = outs
-            self.weight += row.weight
+            # float16 is computed by way of float32, and narrow integers step by step, however few their bytes.
+            self.weight += row.weight * (4 if node.dtype == np.float16 else 1)
         return outs[node.index]
 
 

@@ -211,10 +211,16 @@ class _LayerDraft:
     writes: dict[int, None] = field(default_factory=dict)
     dependencies: list[Dependency] = field(default_factory=list)
     retry: bool = True
+    own_nbytes: int = 0  # what a task is worth without what is made within it, which may be unknown
     is_made: bool = False  # part of what it reads is made within its tasks, of loads of any shape
     beside: frozenset[int] = frozenset()  # earlier layers that write other parts of the same buffers
     level: int = -1
     space: Space | None = None
+
+    @property
+    def work_nbytes(self) -> int:
+        """What all tasks are worth, as far as it is known."""
+        return max(self.nbytes_per_task, self.own_nbytes) * self.ntasks
 
 
 class _Builder:
@@ -510,6 +516,7 @@ class _Builder:
         for root, part in along:
             writer.store(writer.add(root, force=True), part)
         inputs = [writer.add(node.x) for node, _ in members]
+        writer.weight += sum(4 if node.kind.endswith(("var", "std")) else 1 for node, _ in members)
         program = writer.program()
         order = memory_order(program.operands, len(shape))
         if order is None or any(node.kind in ("argmin", "argmax") for node, _ in members):  # indices count in C order
@@ -808,6 +815,7 @@ class _Builder:
         grid, makings = draft.grid, [self.makings[o] for o in program.made]
         assert grid is not None
         draft.is_made = True
+        draft.own_nbytes = draft.nbytes_per_task
         draft.place = "driver" if any(making.is_foreign for making, _ in makings) else "worker"
         is_known = all(rate for _, rate in makings)
         draft.nbytes_per_task = draft.nbytes_per_task + int(grid.items_per_task * sum(r for _, r in makings)) if is_known else 0
@@ -864,7 +872,7 @@ class _Builder:
             layers.append(
                 Layer(
                     name=draft.name,
-                    kernel=engine_for(draft.kernel, draft.nbytes_per_task * draft.ntasks, self._is_remote),
+                    kernel=engine_for(draft.kernel, draft.work_nbytes, self._is_remote),
                     ntasks=draft.ntasks,
                     reads=tuple(draft.reads),
                     writes=tuple(draft.writes),
@@ -891,7 +899,7 @@ class _Builder:
         layers = tuple(
             LayerOutline(
                 draft.kernel,
-                why_not_compiled(draft.kernel, draft.nbytes_per_task * draft.ntasks, self._is_remote),
+                why_not_compiled(draft.kernel, draft.work_nbytes, self._is_remote),
                 draft.loads,
                 draft.stores,
                 draft.level,

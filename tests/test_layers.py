@@ -75,7 +75,7 @@ DOORS = {
     "scheduler.run": {"__init__", "compute", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "config", "explain"},
+    "scheduler.limits": {"array", "chunks", "config", "engines", "explain"},
     "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"array", "storage"},
     "scheduler.results": {"plan"},

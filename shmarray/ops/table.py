@@ -65,14 +65,14 @@ _HEAVY = frozenset(
         "logaddexp2",
         "gcd",
         "lcm",
+        "floor_divide",
+        "remainder",
     }
 )
 _MIDDLE = frozenset(
     {
         "sqrt",
         "divide",
-        "floor_divide",
-        "remainder",
         "fmod",
         "divmod",
         "modf",

@@ -465,3 +465,117 @@ def test_a_reduced_register_is_not_written_over() -> None:
     y = sa.asarray(a).persist() + 1
 
     np.testing.assert_allclose(sa.compute(y.sum(), (y * 2).std()), ((a + 1).sum(), ((a + 1) * 2).std()), rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------- what reviews found
+
+
+@pytest.mark.parametrize("engine_name", ["numpy", "llvm"])
+def test_casts_of_one_array_to_several_dtypes_are_several(engine_name: str) -> None:
+    a = np.arange(1.0, 25.0)
+    with sa.config.set(engine=engine_name):
+        x = sa.asarray(a).persist()
+        np.testing.assert_array_equal(((x / 8).astype("i4") + (x / 8).astype("f4")).compute(), (a / 8).astype("i4") + (a / 8).astype("f4"))
+        assert sa.compute(x.astype("?").sum(), x.astype("f4"))[0] == 24
+
+
+def test_tiles_of_uneven_chunks_are_not_written_past_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "STREAMED_NBYTES", 1 << 10)
+    sizes = (1 << 17, 1001) * 3
+    a = np.ones(sum(sizes))
+
+    y = (sa.array(a, chunks=(sizes,)).map_blocks(lambda b: b * 2, dtype=float) + 1).persist()
+
+    np.testing.assert_array_equal(y.compute(), a * 2 + 1)
+
+
+def test_places_of_chunks_of_one_item_along_a_middle_axis() -> None:
+    a = values((60, 5, 70), float)
+    y = sa.array(a, chunks=(60, 1, 70)).map_blocks(lambda b: b + 0.0, dtype=float)
+
+    assert sa.compute(y.argmax(), y.argmin()) == (a.argmax(), a.argmin())
+
+
+def test_casts_out_of_range_are_the_same_whatever_uses_them() -> None:
+    a, i = np.array([1.5, 1e30, np.inf, np.nan, -1e30]), np.arange(-3, 4)
+    x, j = sa.asarray(a).persist(), sa.asarray(i).persist()
+    with np.errstate(all="ignore"):
+        pairs = [
+            (sa.where(j, j, sa.reciprocal(j)), np.where(i, i, np.reciprocal(i))),
+            (sa.where(sa.isposinf(x), x.astype("i8"), 7), np.where(np.isposinf(a), a.astype("i8"), 7)),
+            (abs(x.astype("i4").astype("f8")), abs(a.astype("i4").astype("f8"))),
+            (sa.copysign(x.astype("i8"), x), np.copysign(a.astype("i8"), a)),
+        ]
+        for found, expected in pairs:
+            np.testing.assert_array_equal(found.compute(), expected)
+
+
+def messages(call: Any) -> set[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return {str(w.message) for w in caught}
+
+
+def test_flags_are_of_whoever_raised_them() -> None:
+    half = [np.full((40, n), v, "f2") for n, v in ((1, 1.065), (1, 1.5), (70, 0.0))]
+    c, d, target = (sa.asarray(v).persist() for v in half)
+    big = sa.asarray(np.full(100, 1e308)).persist()
+    ends = np.zeros(1 << 17)
+    ends[0] = ends[-1] = 1.2e308
+    late = np.ones(1 << 22)
+    late[: 1 << 21] = -1
+    late[-1] = 0
+
+    assert messages(lambda: np.divide(c, d, out=target)) == set()
+    assert messages(lambda: (big * 1.0).sum().compute()) == {"overflow encountered in reduce"}
+    assert messages(lambda: sa.asarray(ends).persist().sum().compute()) == {"overflow encountered in reduce"}
+    assert messages(lambda: (sa.log(sa.asarray(late).persist()) * 2).compute()) == {
+        "invalid value encountered in log",
+        "divide by zero encountered in log",
+    }
+
+
+def test_exponents_that_vary_need_no_new_code() -> None:
+    x = sa.asarray(np.abs(values((1000,), float))).persist()
+    (x**1.75).compute()
+    before = objects.statistics()
+
+    for exponent in (1.1, 2.3, -0.7):
+        np.testing.assert_allclose((x**exponent).compute(), x.compute() ** exponent, rtol=1e-14)
+
+    assert objects.statistics()["compiled"] == before["compiled"]
+
+
+@pytest.mark.parametrize("where", ["stored", "numpy"])
+def test_reductions_of_an_array_in_memory_and_of_a_stored_one_have_the_same_bits(where: str) -> None:
+    a = np.random.default_rng(0).standard_normal((122, 133))
+    looks = [lambda v: v[::-1], lambda v: v.T, lambda v: v[:, ::2], lambda v: v[3:, 5:].T]
+    for look in looks:
+        for axis in (0, 1, None):
+            stored, private = (look(v) * 1.1 for v in (sa.asarray(a).persist(), sa.asarray(a)))
+            with sa.config.set(scheduler="processes"):
+                one, other = stored.sum(axis=axis).compute(), private.sum(axis=axis).compute()
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_a_file_of_another_kernel_is_not_run(tmp_path: Path) -> None:
+    x = sa.asarray(np.arange(64.0)).persist()
+    objects._objects.clear()
+    with sa.config.set(cache_directory=str(tmp_path)):
+        (x * 3.5 - x).compute()
+        (first,) = (tmp_path / "kernels").iterdir()
+        (x * 3.5 + x).compute()
+        (second,) = set((tmp_path / "kernels").iterdir()) - {first}
+        second.write_bytes(first.read_bytes())
+        objects._objects.clear()
+        templates.forget()
+        np.testing.assert_array_equal((x * 3.5 + x).compute(), np.arange(64.0) * 4.5)
+        first.unlink()
+        os.mkfifo(first)
+        second.unlink()
+        second.mkdir()
+        objects._objects.clear()
+        templates.forget()
+        np.testing.assert_array_equal((x * 3.5 - x).compute(), np.arange(64.0) * 2.5)
+        np.testing.assert_array_equal((x * 3.5 + x).compute(), np.arange(64.0) * 4.5)

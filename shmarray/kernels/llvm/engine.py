@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ __all__ = ["NotLowered", "assembly", "compiled"]
 PIECE_ITEMS = 1 << 15  # what goes through scratch at once: it stays in cache
 STAGED_ITEMS = 1 << 17  # from the driver's memory: one system call for a megabyte
 STREAMED_NBYTES = 64 << 20  # larger results are written past the caches: no line is read only to be overwritten
+_PLAIN = {np.dtype(name) for name in ("f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")}
 _EXACT = frozenset({"add", "subtract", "multiply", "divide", "sqrt"})  # their flags are IEEE 754's, and NumPy's
 REDUCED_ITEMS = 1 << 20  # of a reduction's tile: so that what is copied stays small beside the arrays, and merging pieces costs nothing
 
@@ -58,6 +60,7 @@ def compiled(plain: PlainKernel, is_remote: Callable[[int], bool]) -> CompiledKe
         tuple(loop.axes for loop in draft.nest.loops),
         tuple(draft.fills),
         frozenset(draft.aside),
+        draft.ragged,
         draft.piece_sizes,
         b"".join(draft.scalars),
         _scratch_nbytes(structure, math.prod(draft.piece_sizes[a] for a in draft.axes)),
@@ -94,7 +97,7 @@ class _Draft:
         self.scalars: list[bytes] = []
         loaded = {s.operand for s in program.steps if isinstance(s, Load)}
         stored = {s.operand for s in program.steps if isinstance(s, Store)}
-        self.blamed = _only_suspect(program)
+        self.blamed = _only_suspect(program) if isinstance(plain, MapKernel) else None
         self.loaded, self.stored = loaded, stored
         remote = {k for k, o in enumerate(program.operands) if o.source is None and is_remote(o.buffer)}
         self.aside = sorted(k for k in loaded & stored if self.blamed is None or k in remote)
@@ -115,7 +118,13 @@ class _Draft:
         for dtype in dtypes:
             element_type(dtype)
         self.lanes = lanes_of([part_dtype(d).itemsize for d in dtypes])
-        self.nest: Nest = choose_nest(program.shape, self.piece_sizes, self.traffic, self.lanes, self.axes)
+        traffic = self.traffic
+        if isinstance(plain, ReduceKernel):
+            if self.aside:
+                raise NotLowered("a reduction beside an update in place")
+            traffic = [replace(t, exact=True) for t in traffic]  # wherever operands lie, so that bits do not depend on it
+        self.nest: Nest = choose_nest(program.shape, self.piece_sizes, traffic, self.lanes, self.axes)
+        self.ragged = tuple(k for k in sorted(remote) if not self.traffic[k].exact)
 
     def _traffic(self, number: int, o: Operand, is_copied: bool) -> Traffic:
         if o.source is not None:  # its tiles are C-ordered
@@ -153,10 +162,17 @@ class _Draft:
 
     def _streams(self, traffic: Traffic, dtype: np.dtype[Any]) -> bool:
         """Whether an array is so large that nothing of it stays in cache, and every strip of every tile is aligned."""
-        shape, sizes = self.program.shape, self.piece_sizes
+        shape, grid = self.program.shape, self.plain.grid
         if math.prod(shape) * dtype.itemsize < STREAMED_NBYTES or traffic.is_copied or traffic.offset % STRIP_ALIGNMENT:
             return False
-        starts = [size * stride for n, size, stride in zip(shape, sizes, traffic.strides, strict=True) if size < n]
+        if grid.edges is not None:
+            return False
+        starts = [
+            size * stride
+            for sizes in (grid.sizes, self.piece_sizes)
+            for n, size, stride in zip(shape, sizes, traffic.strides, strict=True)
+            if size < n
+        ]
         rows = [traffic.strides[a] for loop in self.nest.loops[:-1] for a in loop.axes]
         return self.lanes * dtype.itemsize % STRIP_ALIGNMENT == 0 and all(step % STRIP_ALIGNMENT == 0 for step in (*starts, *rows))
 
@@ -213,7 +229,7 @@ class _Draft:
         for position, ((kind, value), dtype) in enumerate(zip(step.args, inputs, strict=True)):
             if kind == "r":
                 args.append((kind, value))
-            elif position in lowering.baked:
+            elif position in lowering.baked and lowering.bakes(_exact_scalar(value, dtype).item(), dtype):
                 args.append(("v", _exact_scalar(value, dtype).item()))
             else:
                 args.append(("s", self._slot(value, dtype)))
@@ -235,7 +251,8 @@ def _only_suspect(program: Program) -> Apply | None:
         return None
     dtypes = {program.registers[value].dtype for kind, value in steps[0].args if kind == "r"}
     dtypes |= {o.dtype for o in program.operands} | {program.registers[r].dtype for r in steps[0].outs}
-    return steps[0] if len(dtypes) == 1 and dtypes.pop().kind in "fiu" else None
+    # Not float16: where it is one value for all lanes, LLVM computes it in one and lets the others raise what they will.
+    return steps[0] if len(dtypes) == 1 and dtypes.pop() in _PLAIN else None
 
 
 def _scalar_type(value: Any) -> Any:

@@ -49,6 +49,7 @@ class CompiledKernel:
     loops: tuple[tuple[int, ...], ...]
     fills: tuple[FillStep, ...]
     aside: frozenset[int]  # stored operands that are read, too: written when a piece is done
+    ragged: tuple[int, ...]  # operands copied from the driver's memory that are not in C order there
     piece_sizes: tuple[int, ...]
     scalars: bytes
     scratch_nbytes: int  # of accumulators and of the tree above the leaves
@@ -139,6 +140,7 @@ class _Bound:
         self.fills = [(first_fill + n, fill_reader(step, program.registers[step.out].dtype)) for n, step in enumerate(kernel.fills)]
         self.evaluator: Evaluator | None = None
         self.replays = 0
+        self.explained = 0  # flags of pieces that were computed again
         if isinstance(self.plain, ReduceKernel):
             self._prepare_states(self.plain)
         self.run = self._run_map if isinstance(self.plain, MapKernel) else self._run_reduce
@@ -178,7 +180,11 @@ class _Bound:
             self._set_copied(number, made[piece])
         for number, staged in self.fetched:
             staged.fetch(piece)
-            self._set_copied(number, staged[piece])
+            array = staged[piece]
+            if number in self.kernel.ragged:  # what was fetched may have gaps: loops that are one need it in one piece
+                array = array.copy(order="K")
+                held.append(array)
+            self._set_copied(number, array)
         for number, target in self.flushed:
             target.begin(piece)
             self._set_copied(number, target[piece] if isinstance(target, Staged) else target.array)
@@ -192,8 +198,9 @@ class _Bound:
                 count *= piece[a].stop - piece[a].start
             words[where.counts + loop] = count
         flags = self.function(self.address)
-        if flags and not self.kernel.quiet and (self.kernel.raises or self.replays < MOST_REPLAYS):
+        if flags and not self.kernel.quiet and (self.kernel.raises or flags & ~self.explained or self.replays < MOST_REPLAYS):
             self.replays += 1
+            self.explained |= flags
             if self.kernel.blamed is not None:
                 self._blame(self.kernel.blamed, flags)
             else:
@@ -231,17 +238,31 @@ class _Bound:
             self.evaluator = Evaluator(program, self.context, math.prod(self.kernel.piece_sizes), registers, self.made)
         evaluator = self.evaluator
         evaluator.begin(piece)
+        axes = plain.axes if isinstance(plain, ReduceKernel) else ()
+        sizes = plain.grid.block_sizes
+        kept = tuple([_ONE if a in axes else p for a, p in enumerate(piece)])
+        reduced = tuple([p if a in axes else _ONE for a, p in enumerate(piece)])
         with evaluator.errstate():
-            for box in blocks(piece, plain.grid.block_sizes):
-                values = evaluator.run(box)
-                if isinstance(plain, ReduceKernel):
-                    shape = tuple([p.stop - p.start for p in box])
-                    for spec in plain.specs:
-                        evaluator.current = (spec.label, spec.line)
-                        value = np.broadcast_to(values[spec.register], shape)
-                        REDUCTIONS[spec.kind].leaf(
-                            value.copy(), Part(box, plain.grid.shape, plain.axes), spec.state_dtypes, dict(spec.params)
-                        )
+            for kept_block in blocks(kept, tuple([1 if a in axes else n for a, n in enumerate(sizes)])):
+                trees: list[Tree] = []
+                for reduced_block in blocks(reduced, tuple([n if a in axes else 1 for a, n in enumerate(sizes)])):
+                    box = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_block, reduced_block, strict=True))])
+                    values = evaluator.run(box)
+                    if isinstance(plain, ReduceKernel):
+                        self._replay_reductions(plain, box, values, trees)
+                for tree in trees:
+                    tree.result()
+
+    def _replay_reductions(self, plain: ReduceKernel, box: Box, values: list[Any], trees: list[Tree]) -> None:
+        evaluator, shape = self.evaluator, tuple([p.stop - p.start for p in box])
+        assert evaluator is not None
+        if not trees:
+            trees.extend(Tree(row.combine) for row in self.rows)
+        for spec, row, tree in zip(plain.specs, self.rows, trees, strict=True):
+            evaluator.current = (spec.label, spec.line)
+            value = np.broadcast_to(values[spec.register], shape).copy()
+            states = row.leaf(value, Part(box, plain.grid.shape, plain.axes), spec.state_dtypes, dict(spec.params))
+            tree.push(states, self._count(box))
 
     # --- reductions -------------------------------------------------------------------------------------------------------
 
@@ -354,6 +375,9 @@ class _Bound:
         reduced_sizes = tuple([n if a in axes else 1 for a, n in enumerate(sizes)])
         kept_pieces = list(blocks(kept, kept_sizes))
         growing = [[Tree(row.combine) for row in self.rows] for _ in kept_pieces]
+        plain = self.plain
+        assert isinstance(plain, ReduceKernel)
+        warners = [self._warner(spec.label, spec.line) for spec in plain.specs]
         for tile in grid.tiles(index):
             self._make(tile)
             reduced = tuple([p if a in axes else _ONE for a, p in enumerate(tile)])
@@ -363,10 +387,15 @@ class _Bound:
                     states = self._states_of(piece)
                     self._call(piece)
                     self._commit(piece)
-                    for tree, state in zip(trees, states, strict=True):
-                        tree.push(tuple([values.copy() for values in state]), self._count(piece))
+                    for tree, state, warner in zip(trees, states, warners, strict=True):
+                        with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=warner):
+                            tree.push(tuple([values.copy() for values in state]), self._count(piece))
         for kept_piece, trees in zip(kept_pieces, growing, strict=True):
-            self._finish(kept_piece, split, [tree.result() for tree in trees])
+            results = []
+            for tree, warner in zip(trees, warners, strict=True):
+                with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=warner):
+                    results.append(tree.result())
+            self._finish(kept_piece, split, results)
 
     def _finish(self, kept: Box, split: int, results: list[tuple[tuple[np.ndarray[Any, Any], ...], int]]) -> None:
         """Write states to the partial results, or what they come to to the results."""

@@ -367,13 +367,25 @@ class Lanes:
         if x.dtype.itemsize == 2:
             x = self.convert(x, FLOAT32)
         if dtype.itemsize < 4:  # by way of int32, as C compilers do
-            wide = builder.fptosi(x.real, ir.VectorType(I32, self.count))
-            return Vec(dtype, builder.trunc(wide, vector))
+            return Vec(dtype, builder.trunc(self._truncated(x, 32), vector))
         if dtype.kind == "i":
-            return Vec(dtype, builder.fptosi(x.real, vector))
+            return Vec(dtype, self._truncated(x, 8 * dtype.itemsize))
         if dtype.itemsize == 4:
-            return Vec(dtype, builder.trunc(builder.fptosi(x.real, ir.VectorType(I64, self.count)), vector))
+            return Vec(dtype, builder.trunc(self._truncated(x, 64), vector))
         half = self.constant(math.ldexp(1.0, 63), x.dtype)
         is_large = self.compare(">=", x, half)
-        low = builder.fptosi(builder.select(is_large, builder.fsub(x.real, half.real), x.real), vector)
+        low = self._truncated(Vec(x.dtype, builder.select(is_large, builder.fsub(x.real, half.real), x.real)), 64)
         return Vec(dtype, builder.select(is_large, builder.xor(low, self.constant(1 << 63, dtype).real), low))
+
+    def _truncated(self, x: Vec, width: int) -> ir.Value:
+        """Return ``x`` as signed integers of ``width`` bits; what is out of range as the least of them, as x86-64's instructions do.
+
+        To LLVM that would be any value, another one wherever it is used.
+        """
+        limit = math.ldexp(1.0, width - 1)
+        above, below = self.compare(">=", x, self.constant(-limit, x.dtype)), self.compare("<", x, self.constant(limit, x.dtype))
+        is_in = self.builder.and_(above, below)
+        self.flag(self.builder.not_(is_in), "invalid")
+        safe = self.builder.select(is_in, x.real, self.constant(0, x.dtype).real)
+        least = self.constant(-(1 << (width - 1)), np.dtype(f"i{width // 8}")).real
+        return self.builder.select(is_in, self.builder.fptosi(safe, ir.VectorType(ir.IntType(width), self.count)), least)

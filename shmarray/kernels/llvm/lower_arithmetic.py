@@ -248,7 +248,7 @@ def _float_divmod(k: Lanes, x: Vec, y: Vec) -> tuple[Vec, Vec]:
 # -------------------------------------------------------------------------------------------------------------------- power
 
 
-@lowers("power", "float_power", baked=(1,))
+@lowers("power", "float_power", baked=(1,), bakes=lambda value, dtype: dtype.kind != "f" or value == 0.5 or value in _SHORT)
 def _power(k: Lanes, xs: Vecs, call: Call) -> Vec:
     x, y = xs
     exponent = call.scalars[1]

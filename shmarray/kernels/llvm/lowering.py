@@ -38,23 +38,32 @@ Rule = Callable[[Sequence[Any], Dtypes], tuple[Dtypes, Dtypes]]
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """``emit(lanes, operands, call)``; ``dtypes(given, outs)``: what operands are cast to; ``baked``: scalars put into the code."""
+    """``emit(lanes, operands, call)``; ``dtypes(given, outs)``: what operands are cast to.
+
+    ``baked``: scalar arguments that become part of the code, where it ``bakes`` their values.
+    """
 
     emit: Emit
     dtypes: Rule | None = None  # None: as the ufunc's loop
     baked: frozenset[int] = frozenset()
+    bakes: Callable[[Any, np.dtype[Any]], bool] = lambda value, dtype: True
 
 
 LOWERINGS: dict[str, Lowering] = {}
 
 
-def lowers(*names: str, dtypes: Rule | None = None, baked: Sequence[int] = ()) -> Callable[[Emit], Emit]:
+def lowers(
+    *names: str,
+    dtypes: Rule | None = None,
+    baked: Sequence[int] = (),
+    bakes: Callable[[Any, np.dtype[Any]], bool] = lambda value, dtype: True,
+) -> Callable[[Emit], Emit]:
     """Enter a function as the lowering of rows ``names``."""
 
     def enter(emit: Emit) -> Emit:
         for name in names:
             assert name not in LOWERINGS, name
-            LOWERINGS[name] = Lowering(emit, dtypes, frozenset(baked))
+            LOWERINGS[name] = Lowering(emit, dtypes, frozenset(baked), bakes)
         return emit
 
     return enter

@@ -240,12 +240,12 @@ class _Columns:
         values = []
         for place, dtype in zip(self._places(start, j), self.dtypes, strict=True):
             values.append(self.w.builder.load(place, typ=(k or self.w.lanes).type(dtype)))
-            values[-1].align = 8
+            values[-1].align = dtype.itemsize
         return values
 
     def write(self, start: ir.Value, j: ir.Value, values: Values) -> None:
-        for place, value in zip(self._places(start, j), values, strict=True):
-            self.w.builder.store(value, place, align=8)
+        for place, value, dtype in zip(self._places(start, j), values, self.dtypes, strict=True):
+            self.w.builder.store(value, place, align=dtype.itemsize)
 
 
 class _Tree:

@@ -59,12 +59,15 @@ def choose_nest(
 ) -> Nest:
     """Return the loops for tiles of ``sizes`` of a space ``shape``."""
     loops: list[Loop] = []
+    is_apart = False  # places along reduced axes do not run on over one of which a tile has a single item
     for axis, size in enumerate(sizes):
         if size == 1:
+            is_apart |= shape[axis] > 1 and axis in reduced_axes
             continue
         reduced = axis in reduced_axes
         if (
             loops
+            and not is_apart
             and loops[-1].reduced == reduced
             and size == shape[axis]
             and all(_runs_on(t, loops[-1].axes[-1], axis, size) for t in traffic)

@@ -4,7 +4,7 @@ Promises: equal kernels are compiled once per process, and once per machine wher
 cache is written atomically, and used only when it is the user's own, whole, and made by this very version for this very CPU.
 Never put here: code generation, plans.
 
-    file:  MAGIC | BLAKE2b digest of the rest, 32 bytes | object code (ELF)
+    file:  MAGIC | BLAKE2b digest of the file's name and of the code, 32 bytes | object code (ELF)
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ MAGIC = b"shmarray kernel 1\n"
 MOST_KEPT = 512  # kernels whose object code this process remembers
 _log = logging.getLogger("shmarray")
 _mutex = threading.Lock()
+_compiling = threading.Lock()  # taken before `_mutex`, which is never held for long
 _objects: OrderedDict[str, bytes] = OrderedDict()
 _loaded: dict[bytes, tuple[Any, int]] = {}  # digest of object code -> (what keeps it alive, address)
 _counts = {"compiled": 0, "read": 0, "loaded": 0}
@@ -51,15 +52,20 @@ def object_for(key: str, write: Callable[[], str]) -> bytes:
         if known is not None:
             _objects.move_to_end(key)
             return known
-    path = _path(key)
-    code = _read(path) if path is not None else None
-    if code is not None:
-        _counts["read"] += 1
-    else:
-        code = _compile(write())
-        _counts["compiled"] += 1
-        if path is not None:
-            _write(path, code)
+    with _compiling:
+        with _mutex:
+            known = _objects.get(key)
+        if known is not None:
+            return known  # another thread has just made it
+        path = _path(key)
+        code = _read(path) if path is not None else None
+        if code is not None:
+            _counts["read"] += 1
+        else:
+            code = _compile(write())
+            _counts["compiled"] += 1
+            if path is not None:
+                _write(path, code)
     with _mutex:
         _objects[key] = code
         while len(_objects) > MOST_KEPT:
@@ -141,7 +147,8 @@ def _made_by() -> bytes:
     """Return what object code depends on beside the structure: versions, this package's code generator, the CPU."""
     digest = hashlib.blake2b(digest_size=32)
     m = machine()
-    for part in (version("llvmlite"), _own_version(), m.triple, m.cpu, m.features, m.isa):
+    libc = os.confstr("CS_GNU_LIBC_VERSION") if "CS_GNU_LIBC_VERSION" in os.confstr_names else None
+    for part in (version("llvmlite"), _own_version(), m.triple, m.cpu, m.features, m.isa, libc or ""):
         digest.update(part.encode() + b"\0")
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -169,30 +176,38 @@ def _path(key: str) -> Path | None:
 def _read(path: Path) -> bytes | None:
     """Return the object code in a file of the cache, or None when it is not there, not ours, or not whole."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError):
         return None
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             _log.warning("kernel cache: %s belongs to somebody else, or others may write it: compiling again", path)
             return None
-        data = file.read()
-    head, digest, code = data[: len(MAGIC)], data[len(MAGIC) : len(MAGIC) + 32], data[len(MAGIC) + 32 :]
-    if head != MAGIC or hashlib.blake2b(code, digest_size=32).digest() != digest:
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read()
+    except OSError:
         return None
-    return code
+    finally:
+        os.close(descriptor)
+    head, digest, code = data[: len(MAGIC)], data[len(MAGIC) : len(MAGIC) + 32], data[len(MAGIC) + 32 :]
+    return code if head == MAGIC and digest == _digest(path, code) else None
+
+
+def _digest(path: Path, code: bytes) -> bytes:
+    """Return what proves that a file is whole, and the kernel that its name says."""
+    return hashlib.blake2b(path.name.encode() + b"\0" + code, digest_size=32).digest()
 
 
 def _write(path: Path, code: bytes) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    except OSError:
+    except (OSError, ValueError):
         return  # a full or read-only disk: the next process compiles again
     try:
         with open(descriptor, "wb") as file:
-            file.write(MAGIC + hashlib.blake2b(code, digest_size=32).digest() + code)
+            file.write(MAGIC + _digest(path, code) + code)
         os.replace(name, path)
     except OSError:
         with contextlib.suppress(OSError):
