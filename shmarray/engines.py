@@ -7,10 +7,8 @@ Never put here: what an engine does.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 from scheduler.limits import format_bytes
@@ -45,13 +43,12 @@ def why_not_compiled(kernel: Kernel, nbytes: int, is_remote: Callable[[int], boo
 @cache
 def _lacks_llvmlite() -> str:
     """Return why there is no llvmlite to compile with; empty when there is."""
-    if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite is not installed (pip install shmarray[jit])"
     try:
-        found = metadata.version("llvmlite")
-        number = tuple(int(part) for part in found.split(".")[:2])
-    except (metadata.PackageNotFoundError, ValueError):
-        return ""
+        import llvmlite  # an extra; by itself it loads nothing of LLVM
+    except ImportError:
+        return "llvmlite is not installed (pip install shmarray[jit])"
+    found = str(llvmlite.__version__)
+    number = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     return "" if number >= OLDEST_LLVMLITE else f"llvmlite {found} is too old (pip install shmarray[jit])"
 
 

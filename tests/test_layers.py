@@ -85,6 +85,7 @@ DOORS = {
 LATE = {
     ("scheduler.task", "networkx"),
     ("shmarray.array", "networkx"),
+    ("shmarray.engines", "llvmlite"),
     ("shmarray.engines", "shmarray.kernels.llvm.engine"),
     ("shmarray.explain", "shmarray.kernels.llvm.engine"),
     ("shmarray.ops.linalg", "threadpoolctl"),
