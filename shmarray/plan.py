@@ -540,7 +540,7 @@ class _Builder:
             if len(splits) > 1:
                 partials = tuple(self.temporary((len(splits), *out.shape), dtype) for dtype in dtypes)
             params = dict(node.params)
-            label = params.pop("label", node.kind)
+            label, errstate = params.pop("label", node.kind), params.pop("errstate", ())
             specs.append(
                 ReduceSpec(
                     node.kind,
@@ -552,6 +552,7 @@ class _Builder:
                     None if partials else out,
                     label,
                     line_of(node),
+                    errstate,
                 )
             )
         kernel = ReduceKernel(program, grid, axes, tuple(specs))

@@ -74,6 +74,17 @@ class ReduceSpec:
     out: Operand | None
     label: str
     line: str
+    errstate: tuple[tuple[str, str], ...] = ()  # what np.errstate said, where that is not the default
+
+    def guard(self, context: Context) -> np.errstate:
+        """Return the floating-point state to merge and finish under: what NumPy would warn of is reported to the driver."""
+        modes: dict[str, Any] = {"divide": "call", "over": "call", "invalid": "call", "under": "ignore"}
+        modes.update((kind, mode if mode in ("ignore", "raise") else "call") for kind, mode in self.errstate)
+
+        def warn(problem: str, flag: int) -> None:
+            context.warn("RuntimeWarning", f"{problem} encountered in {self.label}", self.line)
+
+        return np.errstate(**modes, call=warn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +136,20 @@ class ReduceKernel:
                                 if value.shape != shape:
                                     value = np.broadcast_to(value, shape)
                                 evaluator.current = label
-                                tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
+                                if not spec.errstate:
+                                    tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
+                                    continue
+                                with spec.guard(context):
+                                    tree.push(row.leaf(value, part, spec.state_dtypes, extra), count)
                         if not is_last:
                             growing[number] = trees
                             continue
                         growing[number] = []
                         for spec, row, extra, tree, windows, out in zip(self.specs, rows, params, trees, partials, outs, strict=True):
-                            evaluator.current = (spec.label, spec.line)
-                            states, count = tree.result()
-                            if out is not None:
-                                put(out, kept_block, row.finish(states, count, spec.dtype, extra))
+                            with spec.guard(context):
+                                states, count = tree.result()
+                                if out is not None:
+                                    put(out, kept_block, row.finish(states, count, spec.dtype, extra))
                             for window, state in zip(windows, states, strict=False):
                                 put(window, (slice(split, split + 1), *kept_block), state[None])
                 evaluator.end(tile)
@@ -169,12 +184,9 @@ class FinishKernel:
         windows = [open_window(context, operand) for operand in spec.partials]
         out = open_window(context, self.out)
 
-        def warn(problem: str, flag: int) -> None:
-            context.warn("RuntimeWarning", f"{problem} encountered in {spec.label}", spec.line)
-
         def run(index: int) -> None:
             box = self.grid.box(index)
-            with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=warn):
+            with spec.guard(context):
                 tree = Tree(row.combine)
                 for split, count in enumerate(self.splits):
                     tree.push(tuple([_get(window, split, box) for window in windows]), count)

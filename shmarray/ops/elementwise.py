@@ -20,7 +20,7 @@ from shmarray.handle import Handle, as_handle, as_node, value_of, wrap
 from shmarray.ops.table import ROWS, row_for
 from shmarray.region import broadcast_shape
 
-__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "isclose", "nan_to_num", "power", "round", "where"]
+__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "current_errstate", "isclose", "nan_to_num", "power", "round", "where"]
 
 _DEFAULT_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 
@@ -37,7 +37,7 @@ def apply(name: str, *args: Any, **params: Any) -> Any:
         params["dtype"] = checked_dtype(params["dtype"])
     given = tuple(n.dtype if isinstance(n, Expr) else n for n in nodes)
     dtypes = _inferred(_Call(name, given, tuple(params.items())))
-    errstate = _errstate()
+    errstate = current_errstate()
     chunks = broadcast_chunks(shape, [(a.shape, a.chunks) for a in args if isinstance(a, Handle)])
     outputs = tuple(
         wrap(make(Elementwise, shape, dtypes[k], name, tuple(nodes), tuple(sorted(params.items())), k, errstate), chunks)
@@ -59,7 +59,7 @@ def power(x: Any, exponent: Any) -> Any:
     return apply(name, x, exponent) if name == "power" else apply(name, x)
 
 
-def _errstate() -> tuple[tuple[str, str], ...]:
+def current_errstate() -> tuple[tuple[str, str], ...]:
     """Return what np.errstate says here, where that is not the default."""
     state = np.geterr()
     return () if state == _DEFAULT_ERRSTATE else tuple((k, str(v)) for k, v in state.items() if _DEFAULT_ERRSTATE[k] != v)
@@ -104,7 +104,7 @@ def cast(x: Any, dtype: Any, casting: str = "unsafe") -> Any:
         raise TypeError(f"Cannot cast array data from {x.dtype!r} to {dtype!r} according to the rule {casting!r}")
     if dtype == x.dtype:
         return x
-    return wrap(make(Elementwise, x.shape, dtype, "astype", (x.node,), (), 0, _errstate()), x.chunks)
+    return wrap(make(Elementwise, x.shape, dtype, "astype", (x.node,), (), 0, current_errstate()), x.chunks)
 
 
 def where(condition: Any, x: Any = None, y: Any = None, /) -> Any:

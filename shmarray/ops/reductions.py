@@ -14,7 +14,7 @@ import numpy as np
 from shmarray.chunks import Chunks
 from shmarray.expr import Expr, Reduction, Scan, View, make
 from shmarray.handle import Handle, as_handle, in_memory, wrap
-from shmarray.ops.elementwise import apply, cast, where
+from shmarray.ops.elementwise import apply, cast, current_errstate, where
 from shmarray.ops.reductions_table import REDUCTIONS
 from shmarray.ops.shaping import broadcast_to, ravel
 from shmarray.region import IndexMap, axis_tuple
@@ -87,6 +87,9 @@ def _reduce(kind: str, x: Any, axis: Any, dtype: np.dtype[Any], keepdims: bool, 
 def _params(label: str, params: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     if label:
         params["label"] = label
+    state = current_errstate()
+    if state:
+        params["errstate"] = state
     return tuple(sorted(params.items()))
 
 

@@ -404,3 +404,24 @@ def test_a_reduction_is_not_of_what_a_longer_chain_of_the_same_pass_writes_over_
     x = sa.array(a) + sa.array(a)
 
     assert sa.compute(x.sum(), (x * 2).max(), (x * 2 + 1).min()) == ((a + a).sum(), 4 * a.max(), 1.0)
+
+
+@pytest.mark.parametrize("engine", ["numpy", "llvm"])
+@pytest.mark.parametrize("shape", [(100,), (3, 400_000)])
+def test_reductions_heed_errstate(engine: str, shape: tuple[int, ...], outcome: Any) -> None:
+    big, infinite = np.full(shape, 1e308), np.full(shape, np.inf)
+    with sa.config.set(engine=engine):
+        for a, call in (
+            (big, lambda v: v.sum()),
+            (infinite, lambda v: v.std()),
+            (big, lambda v: v.prod()),
+            (big, lambda v: v.mean(axis=-1)),
+        ):
+            x = sa.asarray(a).persist()
+            with np.errstate(all="ignore"):
+                silent = call(x)
+            with np.errstate(over="raise", invalid="raise"):
+                loud = call(x)
+            assert outcome(silent.compute)[1:] == (None, set())
+            assert outcome(loud.compute)[1] is FloatingPointError
+            assert outcome(call(x).compute)[2]

@@ -51,6 +51,7 @@ def compiled(plain: PlainKernel, is_remote: Callable[[int], bool]) -> CompiledKe
     draft = _Draft(plain, is_remote)
     structure = draft.structure()
     modes = [dict(step.errstate) for step in plain.program.steps if isinstance(step, Apply)]
+    modes += [dict(spec.errstate) for spec in plain.specs] if isinstance(plain, ReduceKernel) else []
     if any(mode.get("under", "ignore") != "ignore" for mode in modes):
         raise NotLowered("np.errstate(under=...) is not ignore")
     said = ("divide", "over", "invalid")

@@ -250,8 +250,9 @@ class _Bound:
                     values = evaluator.run(box)
                     if isinstance(plain, ReduceKernel):
                         self._replay_reductions(plain, box, values, trees)
-                for tree in trees:
-                    tree.result()
+                for tree, spec in zip(trees, plain.specs if isinstance(plain, ReduceKernel) else (), strict=True):
+                    with spec.guard(self.context):
+                        tree.result()
 
     def _replay_reductions(self, plain: ReduceKernel, box: Box, values: list[Any], trees: list[Tree]) -> None:
         evaluator, shape = self.evaluator, tuple([p.stop - p.start for p in box])
@@ -261,8 +262,9 @@ class _Bound:
         for spec, row, tree in zip(plain.specs, self.rows, trees, strict=True):
             evaluator.current = (spec.label, spec.line)
             value = np.broadcast_to(values[spec.register], shape).copy()
-            states = row.leaf(value, Part(box, plain.grid.shape, plain.axes), spec.state_dtypes, dict(spec.params))
-            tree.push(states, self._count(box))
+            with spec.guard(self.context):
+                states = row.leaf(value, Part(box, plain.grid.shape, plain.axes), spec.state_dtypes, dict(spec.params))
+                tree.push(states, self._count(box))
 
     # --- reductions -------------------------------------------------------------------------------------------------------
 
@@ -377,7 +379,6 @@ class _Bound:
         growing = [[Tree(row.combine) for row in self.rows] for _ in kept_pieces]
         plain = self.plain
         assert isinstance(plain, ReduceKernel)
-        warners = [self._warner(spec.label, spec.line) for spec in plain.specs]
         for tile in grid.tiles(index):
             self._make(tile)
             reduced = tuple([p if a in axes else _ONE for a, p in enumerate(tile)])
@@ -387,13 +388,13 @@ class _Bound:
                     states = self._states_of(piece)
                     self._call(piece)
                     self._commit(piece)
-                    for tree, state, warner in zip(trees, states, warners, strict=True):
-                        with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=warner):
+                    for tree, state, spec in zip(trees, states, plain.specs, strict=True):
+                        with spec.guard(self.context):
                             tree.push(tuple([values.copy() for values in state]), self._count(piece))
         for kept_piece, trees in zip(kept_pieces, growing, strict=True):
             results = []
-            for tree, warner in zip(trees, warners, strict=True):
-                with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=warner):
+            for tree, spec in zip(trees, plain.specs, strict=True):
+                with spec.guard(self.context):
                     results.append(tree.result())
             self._finish(kept_piece, split, results)
 
@@ -408,8 +409,5 @@ class _Bound:
                 for window, state in zip(windows, states, strict=True):
                     put(window, (slice(split, split + 1), *kept), state[None])
                 continue
-            with np.errstate(divide="call", over="call", invalid="call", under="ignore", call=self._warner(spec.label, spec.line)):
+            with spec.guard(self.context):
                 put(out, kept, row.finish(states, count, spec.dtype, extra))
-
-    def _warner(self, label: str, line: str) -> Callable[[str, int], None]:
-        return lambda problem, flag: self.context.warn("RuntimeWarning", f"{problem} encountered in {label}", line)
