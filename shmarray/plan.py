@@ -616,7 +616,7 @@ class _Builder:
             shape_of = (len(splits), *kept)
             partials = self.temporary(shape_of, node.dtype)
             carry = self.temporary(shape_of, node.dtype)
-            spec = ReduceSpec(row, register, node.dtype, (), (node.dtype,), (partials,), None, node.name, line_of(node))
+            spec = ReduceSpec(row, register, node.dtype, (), (node.dtype,), (partials,), None, "accumulate", line_of(node))
             self._add(
                 _LayerDraft(
                     ReduceKernel(program, grid, (axis,), (spec,)),
@@ -642,7 +642,7 @@ class _Builder:
                     16 * len(splits) * math.prod(lanes_grid.sizes),
                 )
             )
-        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry)
+        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry, line_of(node))
         loads = program.loads if carry is None else (*program.loads, carry)
         self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), grid, loads, (out,), writer.cost(grid) * 2))
         self.operands.setdefault(node, out)

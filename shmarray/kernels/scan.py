@@ -33,6 +33,7 @@ class ScanKernel:
     register: int
     out: Operand
     carry: Operand | None
+    line: str = ""
 
     def bind(self, context: Context) -> Callable[[int], None]:
         evaluator = Evaluator(self.program, context, math.prod(self.grid.sizes))
@@ -65,6 +66,7 @@ class ScanKernel:
                         shape = tuple([p.stop - p.start for p in box])
                         if value.shape != shape:
                             value = np.broadcast_to(value, shape)
+                        evaluator.current = ("accumulate", self.line)
                         result = ufunc.accumulate(value, axis=axis, dtype=dtype)
                         if carry is not None:
                             result = ufunc(carry, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -139,3 +140,15 @@ def test_scans_have_the_same_bits_for_any_workers_and_chunks() -> None:
         with sa.Pool(workers=workers), sa.config.set(scheduler="processes"):
             assert sa.cumsum(sa.array(a, chunks=77_777 * workers)).compute().tobytes() == expected
     np.testing.assert_allclose(np.frombuffer(expected), a.cumsum(), atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [3000, 1_100_003])
+def test_running_results_warn_as_numpys(n: int) -> None:
+    a = np.full(n, 1e308)
+    caught = []
+    for call in (lambda: np.cumsum(a), lambda: sa.cumsum(sa.asarray(a).persist()).compute()):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call()
+        caught.append({str(w.message) for w in seen})
+    assert caught[1] == caught[0] == {"overflow encountered in accumulate"}
