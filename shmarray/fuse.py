@@ -132,7 +132,7 @@ class ProgramWriter:
             outs = tuple(self._register(dtype, varies) for dtype in dtypes)
             self.steps.append(Apply(outs, node.op, args, node.params, node.errstate, line_of(node)))
             self.applied[key] = outs
-            # float16 is computed by way of float32, and narrow integers step by step, however few their bytes.
+            # float16 is computed by way of float32, however few its bytes.
             self.weight += row.weight * (4 if node.dtype == np.float16 else 1)
         return outs[node.index]
 

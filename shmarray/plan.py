@@ -68,7 +68,7 @@ from shmarray.tiles import (
     walked_grid,
 )
 
-__all__ = ["Bindings", "LayerOutline", "Outline", "Space", "Target", "build_plan", "lock_requests", "make_result", "outline"]
+__all__ = ["Bindings", "LayerOutline", "Outline", "Space", "Target", "buffer_of", "build_plan", "lock_requests", "make_result", "outline"]
 
 Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are reduced, None where nothing is
 FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
@@ -129,6 +129,15 @@ def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> 
     """Return the plan that fills ``targets`` with ``roots``, which have their shapes and dtypes, and what in it is of this time."""
     builder = _built(roots, targets, pool, result_memory().empty)
     return builder.plan(), Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses))
+
+
+def buffer_of(place: Storage | np.ndarray[Any, Any], pool: Pool) -> tuple[Buffer, tuple[Any, Any]]:
+    """Return the buffer that a storage, or a NumPy array of this process, is to a plan, and what to hold while it runs."""
+    if isinstance(place, Storage):
+        address, extent = place.address(pool)
+        return Buffer(place.nbytes, address), (place, extent)
+    owner = place if place.base is None else place.base
+    return Buffer(max(1, place.nbytes), Address(DRIVER, int(place.ctypes.data))), (place, owner)
 
 
 def lock_requests(uses: Iterable[tuple[Storage, Layout, str]]) -> tuple[LockRequest, ...]:
@@ -259,28 +268,25 @@ class _Builder:
         self.buffers.append(Buffer(max(1, math.prod(shape) * dtype.itemsize)))
         return Operand(len(self.buffers) - 1, 0, shape, c_strides(shape, dtype.itemsize), dtype)
 
-    def _bound(self, nbytes: int, address: Address) -> int:
-        self.buffers.append(Buffer(nbytes, address))
+    def _bound(self, place: Storage | np.ndarray[Any, Any]) -> int:
+        buffer, held = buffer_of(place, self.pool)
+        self.buffers.append(buffer)
+        self.keep.extend(held)
         return len(self.buffers) - 1
 
     def of_storage(self, storage: Storage, layout: Layout, mode: str) -> Operand:
         """Return the operand of part of a stored array, and ask for its cells."""
         buffer = self.storage_buffers.get(storage.identity)
         if buffer is None:
-            address, extent = storage.address(self.pool)
-            buffer = self.storage_buffers[storage.identity] = self._bound(storage.nbytes, address)
-            self.keep.extend((storage, extent))
+            buffer = self.storage_buffers[storage.identity] = self._bound(storage)
         self.uses[storage.identity, layout, mode] = storage
         return Operand(buffer, layout.offset, layout.shape, layout.strides, layout.dtype)
 
     def of_array(self, array: np.ndarray[Any, Any]) -> Operand:
         """Return the operand of a NumPy array of this process."""
-        owner = array if array.base is None else array.base
-        key = id(array)
-        buffer = self.array_buffers.get(key)
+        buffer = self.array_buffers.get(id(array))
         if buffer is None:
-            buffer = self.array_buffers[key] = self._bound(max(1, array.nbytes), Address(DRIVER, int(array.ctypes.data)))
-            self.keep.extend((array, owner))
+            buffer = self.array_buffers[id(array)] = self._bound(array)
         return Operand(buffer, 0, array.shape, array.strides, array.dtype)
 
     def add_target(self, target: Target) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from scheduler.run import Pool
-from scheduler.task import DRIVER, Address, Buffer, Plan
+from scheduler.task import Plan
 from shmarray import engines
 from shmarray.config import config
 from shmarray.expr import (
@@ -39,7 +39,7 @@ from shmarray.expr import (
     postorder,
 )
 from shmarray.fuse import constant_of
-from shmarray.plan import Target, build_plan, lock_requests, make_result
+from shmarray.plan import Target, buffer_of, build_plan, lock_requests, make_result
 from shmarray.storage import Layout, Storage
 
 __all__ = ["forget", "plan_for", "statistics"]
@@ -125,13 +125,8 @@ def _bound(template: _Template, places: Sequence[Place], pool: Pool) -> Plan:
     for place, number in zip(places, template.numbers, strict=True):
         if number is None:
             continue
-        if isinstance(place, Storage):
-            address, extent = place.address(pool)
-            buffers[number] = Buffer(place.nbytes, address)
-            keep += (place, extent)
-        else:
-            buffers[number] = Buffer(max(1, place.nbytes), Address(DRIVER, int(place.ctypes.data)))
-            keep += (place, place if place.base is None else place.base)
+        buffers[number], held = buffer_of(place, pool)
+        keep += held
     uses = []
     for slot, layout, mode in template.uses:
         storage = places[slot]
@@ -158,13 +153,13 @@ class _Form:
             if part is None:
                 return None
             self._numbers[node] = len(self._numbers)
-            parts.append((part, node.shape, node.dtype.str))
+            parts.append((part, node.shape, exact(node.dtype)))
         parts.append(tuple(self._numbers[root] for root in roots))
         for target in targets:
             if target.storage is not None and target.layout is not None:
                 parts.append((self._storage(target.storage), self._layout(target.layout), target.is_new))
             elif target.array is not None:
-                parts.append((self._slot(target.array), target.array.shape, target.array.strides, target.array.dtype.str))
+                parts.append((self._slot(target.array), target.array.shape, target.array.strides, exact(target.array.dtype)))
             else:
                 parts.append(None)
         return tuple(parts)
@@ -180,7 +175,7 @@ class _Form:
         return self._slot(storage), storage.pool is self.pool
 
     def _layout(self, layout: Layout) -> Any:
-        return layout.offset, layout.shape, layout.strides, layout.dtype.str
+        return layout.offset, layout.shape, layout.strides, exact(layout.dtype)
 
     def _node(self, node: Expr) -> Any:
         number = self._numbers

@@ -208,3 +208,11 @@ def test_plans_from_templates_give_numpys_values(data: st.DataObject) -> None:
         np.testing.assert_allclose(found, a, rtol=1e-14)
         total, most = sa.compute(v.sum(), v.max())
         np.testing.assert_allclose((total, most), (a.sum(), a.max()), rtol=1e-13)
+
+
+def test_records_of_other_fields_take_another_plan() -> None:
+    for fields in ([("a", "i8"), ("b", "f8")], [("a", "f8"), ("b", "i8")]):
+        a = np.ones(4, fields)
+        look = sa.asarray(a).persist()[::-1]
+        assert look.plan().layers[0].kernel.program.operands[0].dtype == a.dtype
+        np.testing.assert_array_equal(look.compute(), a)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shmarray.kernels.llvm.folds import fold_of
+from shmarray.kernels.llvm.folds import fold_of, folds_of
 from shmarray.kernels.llvm.kernel import CompiledKernel, PlainKernel
 from shmarray.kernels.llvm.lanes import BOOL, NotLowered, element_type, part_dtype
 from shmarray.kernels.llvm.lower import LOWERINGS, loop_dtypes
@@ -79,7 +79,7 @@ def assembly(kernel: CompiledKernel) -> str:
 
 def _scratch_nbytes(s: Structure, most: int) -> int:
     """Return what a reduction of ``most`` items for each kept one needs for accumulators, where they lie in memory, and the tree."""
-    folds = [fold_of(f.kind, np.dtype(f.given), [np.dtype(d) for d in f.states]) for f in s.folds]
+    folds = folds_of(s)
     is_across = not s.reduced[-1]
     node = sum(d.itemsize for f in folds for d in f.nodes())
     accumulators = sum(d.itemsize for f in folds for d in f.accumulators()) if is_across else 0

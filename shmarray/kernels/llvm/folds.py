@@ -17,9 +17,9 @@ from llvmlite import ir
 
 from shmarray.kernels.llvm.lanes import BOOL, FLOAT64, Lanes, NotLowered, Vec
 from shmarray.kernels.llvm.lower import LOWERINGS, Call
-from shmarray.kernels.llvm.structure import LEAF_STRIPS
+from shmarray.kernels.llvm.structure import LEAF_STRIPS, Structure
 
-__all__ = ["Fold", "fold_of"]
+__all__ = ["Fold", "fold_of", "folds_of"]
 
 Values = list[ir.Value]
 INT64, UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
@@ -252,6 +252,11 @@ _TRUTH = {
     "logical_xor": ("xor", 0),
 }
 _BITS = {"bitwise_or": ("or", 0), "bitwise_and": ("and", 1), "bitwise_xor": ("xor", 0)}
+
+
+def folds_of(s: Structure) -> list[Fold]:
+    """Return the folds of a structure."""
+    return [fold_of(form.kind, np.dtype(form.given), [np.dtype(d) for d in form.states]) for form in s.folds]
 
 
 def fold_of(kind: str, given: np.dtype[Any], states: Sequence[np.dtype[Any]]) -> Fold:

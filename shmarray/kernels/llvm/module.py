@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from shmarray.kernels.llvm.folds import Fold, fold_of
+from shmarray.kernels.llvm.folds import Fold, folds_of
 from shmarray.kernels.llvm.lanes import FLOAT64, I64, Lanes
 from shmarray.kernels.llvm.structure import BLOCK_ITEMS, LEAF_STRIPS, Structure
 from shmarray.kernels.llvm.target import Machine
@@ -173,7 +173,7 @@ class _Folds:
 
     def __init__(self, w: Writer) -> None:
         self.forms = w.s.folds
-        self.folds = [fold_of(f.kind, np.dtype(f.given), [np.dtype(d) for d in f.states]) for f in w.s.folds]
+        self.folds = folds_of(w.s)
         self.accumulators = [a for fold in self.folds for a in fold.accumulators()]
         self.nodes = [n for fold in self.folds for n in fold.nodes()]
         self.need_places = any(fold.needs_index for fold in self.folds)

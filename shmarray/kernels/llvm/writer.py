@@ -248,8 +248,6 @@ class Writer:
                 self._copy_item(here[k], self._item_stride(k), item, self._padded_start(k), self._pad_stride(k), lane, k)
 
     def _unpad(self, here: dict[int, ir.Value], rest: ir.Value) -> None:
-        if not here:
-            return
         with self.loop(rest) as lane:
             for k, pointer in here.items():
                 self._copy_item(self._padded_start(k), self._pad_stride(k), lane, pointer, self._item_stride(k), lane, k)
@@ -281,9 +279,7 @@ class Writer:
         for step in self.s.steps:
             if step.kind == "store":
                 if not still:
-                    value = self.values[step.outs[0]]
-                    assert value is not None
-                    self._store(value, step.place, pointers[step.place], strides[step.place])
+                    self._store(self.value(step.outs[0]), step.place, pointers[step.place], strides[step.place])
                 continue
             if self.s.registers[step.outs[0]][1] == still:
                 continue
@@ -301,9 +297,7 @@ class Writer:
         operands = []
         for (kind, value), dtype in zip(step.args, map(np.dtype, step.dtypes), strict=True):
             if kind == "r":
-                register = self.values[value]
-                assert register is not None
-                operands.append(k.convert(register, dtype))
+                operands.append(k.convert(self.value(value), dtype))
             elif kind == "s":
                 operands.append(self._scalar(value, dtype))
             else:
