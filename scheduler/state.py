@@ -26,6 +26,7 @@ from scheduler.task import Dependency, Layer, Plan
 
 __all__ = [
     "DRIVER_LANE",
+    "OUT_OF_MEMORY",
     "BufferDone",
     "CancelRequested",
     "Command",
@@ -50,6 +51,7 @@ __all__ = [
 DRIVER_LANE = -1
 MOST_QUEUED = 2  # one running, one waiting: a worker never waits for the driver between short ranges
 MOST_DEATHS = 3  # of one task
+OUT_OF_MEMORY = "out-of-memory killer"  # part of a reason
 RANGE_S = 0.008  # aimed at: long enough to drown the round trip (0.1 ms), short enough to balance and to cancel
 PREFETCH_S = 0.02  # a second range is queued only behind one that is known to be shorter: nobody waits behind a long task
 PREFETCH_GUESS_S = 0.002  # the same while the cost is only a hint, which may be wrong by a thousand
@@ -88,7 +90,7 @@ class WorkerLost:
     """A worker is gone. ``cursor`` is the task it was at, those before it in its range being done; None: not begun.
 
     A cursor equal to the range's stop says that all of it was done, only not reported. ``is_bound`` False: it was still binding
-    the layer's kernel, for that task, and had written nothing.
+    the layer's kernel, for that task, and had written nothing. ``is_charged`` False: it was killed for what it did before.
     """
 
     worker: int
@@ -96,6 +98,7 @@ class WorkerLost:
     reason: str
     pid: int
     is_bound: bool = True
+    is_charged: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -613,6 +616,13 @@ class State:
         """Return (run id, plan id, layer) of the ranges a lane has, oldest first."""
         return [(r.run_id, r.plan.plan_id, r.layer.index) for r in self.lanes.get(worker, ())]
 
+    def place(self, worker: int, run_id: int, cursor: int) -> str | None:
+        """Return the task in words at which a worker is that shows this run id and cursor; None: it is between ranges."""
+        queue = self.lanes.get(worker)
+        if not queue or queue[0].run_id != run_id or not queue[0].start <= cursor < queue[0].stop:
+            return None
+        return _where(queue[0].layer, cursor)
+
     def deaths(self, plan_id: int) -> int:
         """Return how many deaths a running plan has survived."""
         return self.plans[plan_id].ndeaths
@@ -705,7 +715,8 @@ class State:
         plan.give_back(layer, cursor, cursor + 1)
         plan.give_back(layer, cursor + 1, piece.stop)
         deaths = plan.deaths.setdefault((layer.index, cursor), [])
-        deaths.append((event.reason, event.pid))
+        if event.is_charged:
+            deaths.append((event.reason, event.pid))
         # Who died while binding had written nothing: then it is run again even where that would be wrong later.
         begun = [(layer.index, cursor, cursor + 1)] if event.is_bound else []
         if begun and not layer.layer.retry:
@@ -848,8 +859,18 @@ def _torn(layer: _LayerState, task: int, event: WorkerLost) -> TornChunkError:
 
 def _refused(layer: _LayerState, task: int, deaths: list[tuple[str, int]]) -> WorkerDied:
     listed = "; ".join(f"process {pid}: {reason}" for reason, pid in deaths)
+    advice = []
+    if any(OUT_OF_MEMORY in reason for reason, _ in deaths):
+        advice.append("The system ran out of memory: use smaller chunks, fewer workers, or a lower memory_limit.")
+    if any("task_timeout" in reason for reason, _ in deaths):
+        advice.append("It takes longer than task_timeout allows: raise that, use smaller chunks, or find out where it hangs.")
     return WorkerDied(
-        f"{_where(layer, task)} ended {len(deaths)} worker processes ({listed}) and is refused from now on. SIGKILL is often the "
-        f"system running out of memory (use smaller chunks or fewer workers); SIGSEGV, SIGABRT or an exit code come from the "
-        f"function itself: run it with scheduler='synchronous' to see where."
+        f"{_where(layer, task)} ended {len(deaths)} worker processes ({listed}) and is refused from now on. "
+        + " ".join(advice or [_CAUSES])
     )
+
+
+_CAUSES = (
+    "SIGKILL is often the system running out of memory (use smaller chunks or fewer workers); SIGSEGV, SIGABRT or an exit code "
+    "come from the function itself: run it with scheduler='synchronous' to see where."
+)

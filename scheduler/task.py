@@ -116,12 +116,14 @@ class Plan:
 
     ``scratch_nbytes`` is what one worker may need at once beside the buffers. ``isolated`` plans hold a user's function
     and so never run in the driver by default. ``keep`` is held until the last task that might use it has ended.
+    ``task_timeout_s``: how long one task may keep a worker process, if its pool does not allow less; None: no limit.
     """
 
     buffers: tuple[Buffer, ...]
     layers: tuple[Layer, ...]
     scratch_nbytes: int = 0
     isolated: bool = False
+    task_timeout_s: float | None = None
     locks: tuple[LockRequest, ...] = ()
     keep: tuple[Any, ...] = field(default=(), compare=False)
     # By layer: (digest, pickle) of its kernel, made when first sent; plans made from one by `dataclasses.replace` share it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dataclasses
 import logging
 import math
 import warnings
@@ -186,7 +187,7 @@ def _run_plan(
     try:
         if pool.is_driver_reachable:
             try:
-                report = pool.run(plan, scheduler or config.scheduler)
+                report = pool.run(_limited(plan), scheduler or config.scheduler)
             except UnreachableMemory as error:  # raised by the first access, before any task has written anything
                 _log.warning("workers may not reach the memory of this process (%s): staging through shared memory", error)
                 pool.is_driver_reachable = False
@@ -197,6 +198,11 @@ def _run_plan(
             _tear(storage, layout, pool, plan, error)
         raise
     return report
+
+
+def _limited(plan: Plan) -> Plan:
+    limit_s = config.task_timeout
+    return plan if limit_s is None else dataclasses.replace(plan, task_timeout_s=limit_s)
 
 
 def _run_staged(pairs: list[tuple[Expr, Target]], scheduler: str | None, pool: Pool) -> tuple[Report, Plan]:
@@ -220,7 +226,7 @@ def _run_staged(pairs: list[tuple[Expr, Target]], scheduler: str | None, pool: P
         aside = Storage(pool, target.shape, target.dtype, default_chunks(target.shape, target.dtype))
         targets.append(Target(target.shape, target.dtype, storage=aside, layout=aside.layout))
     plan = plan_for(substitute([n for n, _ in pairs], new), targets, pool)
-    report = pool.run(plan, scheduler or config.scheduler)
+    report = pool.run(_limited(plan), scheduler or config.scheduler)
     for (_, target), staged in zip(pairs, targets, strict=True):
         if staged is target:
             continue

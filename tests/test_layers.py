@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SCHEDULER = """
 __init__ executors.__init__ errors limits
 task
-state segments extents results locks
+state segments extents results locks watch
 worker
 running
 pool
