@@ -223,7 +223,7 @@ class RemoteError(Exception):
 
 def tell_ranges(error: BaseException, failure: PlanFailed) -> None:
     """Put on an error which ranges of tasks (layer, start, stop) may be half done, and which are done."""
-    with contextlib.suppress(AttributeError):  # an exception class with a __setattr__ of its own
+    with contextlib.suppress(Exception):  # an exception class with a __setattr__ of its own
         error.unfinished = list(failure.unfinished)  # type: ignore[attr-defined]  # documented in scheduler.run.Pool.run
         error.finished = list(failure.finished)  # type: ignore[attr-defined]  # there, too
 

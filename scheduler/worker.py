@@ -59,6 +59,9 @@ NOT_BEGUN = -1
 PACKET_NBYTES = 1 << 16
 MOST_KERNELS = 256
 MOST_KERNEL_NBYTES = 64 << 20
+MOST_ERROR_NBYTES = 64 << 20  # beyond, an exception does not travel, only what it says
+SUMMARY_LENGTH = 4000
+TRACE_LENGTH = 100_000  # a chain of ten thousand causes is of no use to anyone
 _F_SETSIG = 10
 _MORE, _LAST = b"\x01", b"\x00"
 
@@ -93,9 +96,16 @@ def annotate(error: BaseException, layer: Layer, task: int, trace: str = "") -> 
     if trace:
         notes.append("in a worker process:\n" + trace.rstrip())
     for note in notes:
+        _add_note(error, note)
+    return error
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    try:
         if note not in getattr(error, "__notes__", ()):  # the same exception object may be raised by several tasks
             error.add_note(note)
-    return error
+    except Exception:  # a class that takes no notes: what it says itself matters more
+        pass
 
 
 def _describe(layer: Layer, task: int) -> str:
@@ -115,7 +125,7 @@ def contain(error: BaseException) -> BaseException:
 
 def _repr(value: object) -> str:
     try:
-        return repr(value)
+        return str.__str__(repr(value))
     except Exception:
         return f"<{type(value).__name__} whose repr fails>"
 
@@ -304,7 +314,7 @@ class _Process:
                 try:
                     entry[1] = cloudpickle.loads(entry[0])
                 except BaseException as error:
-                    error.add_note("while loading the function in a worker process: is its module importable there?")
+                    _add_note(error, "while loading the function in a worker process: is its module importable there?")
                     raise
                 entry[0] = b""
             warned: dict[Warned, None] = {}
@@ -324,22 +334,33 @@ def _flush() -> None:
 
 def _luggage(error: BaseException) -> tuple[bytes | None, str, str]:
     """Return an error as (pickle or None, summary, traceback text): what can travel, whatever the error is made of."""
-    summary = f"{type(error).__name__}: {_repr(error)}"
+    try:
+        summary = _shortened(f"{type(error).__name__}: {_repr(error)}", SUMMARY_LENGTH)
+    except BaseException:  # a repr that calls sys.exit()
+        summary = f"{type(error).__name__}: <its repr fails>"
     try:
         # The first frame is this file's, of no use to anyone.
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next))
     except BaseException:
         trace = summary
+    trace = _shortened(trace, TRACE_LENGTH)
     if not isinstance(error, Exception):
         return None, summary, trace
     try:
         blob = cloudpickle.dumps(error)
         # What can be pickled cannot always be loaded: an exception whose __init__ takes two arguments, for one.
-        if type(pickle.loads(blob)) is not type(error):
+        if len(blob) > MOST_ERROR_NBYTES or type(pickle.loads(blob)) is not type(error):
             blob = None
     except BaseException:
         blob = None
     return blob, summary, trace
+
+
+def _shortened(text: str, length: int) -> str:
+    """Return the beginning and the end of a text that is longer than ``length``."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]}\n... {len(text) - length} characters left out ...\n{text[-(length // 2) :]}"
 
 
 def unpack_error(blob: bytes | None, summary: str) -> BaseException:
