@@ -559,8 +559,10 @@ class _Loop:
                 continue
             timeout_s = self._timeout_s(self.tickets[queued[0][1]])
             run_id, cursor = self._place(member)
-            elapsed_s = member.watch.look((queued[0][0], run_id, cursor), now)
-            if timeout_s is not None and elapsed_s > timeout_s:
+            is_binding = self.words[WORDS_PER_SLOT * member.slot + 2]
+            elapsed_s = member.watch.look((queued[0][0], run_id, cursor, is_binding), now)
+            # Importing what a function needs is not its fault, and takes seconds in every new worker.
+            if timeout_s is not None and elapsed_s > (max(timeout_s, STALLED_S) if is_binding else timeout_s):
                 self._time_out(member, timeout_s, elapsed_s)
             if elapsed_s > STALLED_S and not member.watch.is_told:
                 self._tell_if_stopped(member, elapsed_s)
@@ -666,6 +668,7 @@ class _Loop:
             opened += [life, far_life]
             capture = os.memfd_create("shmarray-stderr", os.MFD_CLOEXEC)
             opened.append(capture)
+            os.fchmod(capture, 0o600)
             stderr = _duplicate_stderr()
             opened.append(stderr)
             numbers = [far_link.fileno(), far_life.fileno(), self.arena_fd, self.control_fd, stderr]

@@ -209,6 +209,7 @@ class _Process:
 
     def __init__(self, link: socket.socket, words: memoryview, slot: int) -> None:
         self.link = link
+        self._link_id = os.fstat(link.fileno()).st_ino
         self.words = words
         self.slot = slot
         self.slots = 0
@@ -230,6 +231,13 @@ class _Process:
             if packet[:1] == _LAST:
                 return pickle.loads(whole.getbuffer())
 
+    def has_link(self) -> bool:
+        """Return whether the socket is still ours: a task may have closed it, and what it opened then have its number."""
+        try:
+            return os.fstat(self.link.fileno()).st_ino == self._link_id
+        except OSError:
+            return False
+
     def send(self, message: tuple[Any, ...]) -> None:
         for packet in packets(pickle.dumps(message, pickle.HIGHEST_PROTOCOL)):
             try:
@@ -249,6 +257,16 @@ class _Process:
             if path is not None:
                 self.move_to(*path)
             self.run(run_id, plan_id, layer, start, stop, setup)
+
+    def leave(self) -> None:
+        """End, without a word to the driver: the cursor says what is done, and another worker does the rest."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(
+                f"shmarray: a task closed descriptors that are not its own (os.closerange?). Worker process {os.getpid()} cannot speak "
+                f"to its driver any more and ends; another takes its place.\n"
+            )
+            sys.stderr.flush()
+        os._exit(1)
 
     def move_to(self, path: list[str], directory: str) -> None:
         """Take over where the driver finds modules and relative paths."""
@@ -292,6 +310,8 @@ class _Process:
         told = list(warned)
         warned.clear()
         _flush()
+        if not self.has_link():
+            self.leave()
         if failed is not None:
             self.send(("failed", run_id, failed[0], not is_binding, *_luggage(failed[1]), told))
         elif task < stop:

@@ -94,14 +94,21 @@ def test_many_short_tasks_may_take_longer_than_one_is_given() -> None:
         assert (array == 1).all()
 
 
-def test_loading_a_function_counts_as_its_first_task() -> None:
+def test_loading_a_function_is_given_longer_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
+        def __init__(self, bind_s: float) -> None:
+            self.bind_s = bind_s
+
         def bind(self, context: Context) -> Any:
-            time.sleep(60)
+            time.sleep(self.bind_s)
+            return lambda i: None
 
     with Pool(1, memory_limit="8 MiB", task_timeout=0.2) as made:
+        assert run(made, Plan(buffers=(), layers=(Layer(name="slow", kernel=Slow(0.6), ntasks=4),))).deaths == 0
+    monkeypatch.setattr(scheduler_pool, "STALLED_S", 0.3)
+    with Pool(1, memory_limit="8 MiB", task_timeout=0.2) as made:
         with pytest.raises(WorkerDied, match="task_timeout"):
-            run(made, Plan(buffers=(), layers=(Layer(name="slow", kernel=Slow(), ntasks=4),)))
+            run(made, Plan(buffers=(), layers=(Layer(name="slow", kernel=Slow(60), ntasks=4),)))
 
 
 def test_what_the_driver_does_itself_has_no_timeout() -> None:
