@@ -43,6 +43,7 @@ from typing import Any
 import scheduler
 from scheduler.errors import PoolClosed, SchedulerError, WorkerStartError
 from scheduler.limits import oom_kills
+from scheduler.redo import NOT_BEGUN, unpack
 from scheduler.running import (
     GIVE_UP_AFTER_S,
     Lane,
@@ -52,7 +53,6 @@ from scheduler.running import (
     raise_failure,
     set_inline,
     start_thread,
-    tell_ranges,
 )
 from scheduler.segments import Memory
 from scheduler.state import (
@@ -72,7 +72,6 @@ from scheduler.state import (
     StartWorker,
     State,
     StopPlan,
-    Submitted,
     WorkerJoined,
     WorkerLost,
     WorkerNotStarted,
@@ -80,13 +79,14 @@ from scheduler.state import (
 from scheduler.task import Report
 from scheduler.watch import STALLED_S, Attempts, Watch, look_again_s
 from scheduler.worker import (
-    NOT_BEGUN,
     PACKET_NBYTES,
     WORDS_PER_SLOT,
     KernelCache,
     cancel_word,
     control_nbytes,
     packets,
+    redo_of,
+    settled,
     tie,
 )
 
@@ -238,7 +238,9 @@ class _Loop:
             self.control_fd = os.memfd_create("shmarray-control", os.MFD_CLOEXEC)
             os.fchmod(self.control_fd, 0o600)
             os.ftruncate(self.control_fd, control_nbytes(slots))
-            self.words = memoryview(mmap.mmap(self.control_fd, control_nbytes(slots))).cast("q")
+            control = mmap.mmap(self.control_fd, control_nbytes(slots))
+            self.words = memoryview(control).cast("q")
+            self.redos = [redo_of(control, self.words, slots, slot) for slot in range(slots)]
         except BaseException:
             self._close_descriptors()  # no descriptor left, most likely
             raise
@@ -349,6 +351,8 @@ class _Loop:
         with self._gate:
             self._is_closing = True
         try:
+            for plan_id in list(self.tickets):
+                self._feed(CancelRequested(plan_id, error))
             self._end_members()
         finally:
             self._is_over = True
@@ -362,9 +366,10 @@ class _Loop:
                 self._close_descriptors()
 
     def _end_members(self) -> None:
-        """Close their sockets, wait half a second, then SIGKILL."""
+        """Tell them by the end of their input, wait half a second, then SIGKILL."""
         for member in self.members.values():
-            member.link.close()
+            with contextlib.suppress(OSError):
+                member.link.shutdown(socket.SHUT_WR)
         if self.helper is not None:
             self.helper.put(None)
         deadline = time.monotonic() + CLOSE_S
@@ -380,7 +385,10 @@ class _Loop:
         for slot, member in list(self.members.items()):
             left = max(0.0, deadline - time.monotonic())
             if select.select([member.pidfd], [], [], left)[0] if member.pidfd < 1024 else _poll(member.pidfd, left):
-                member.process.poll()
+                code = member.process.poll()
+                if member.has_joined:  # what it did in place is done, though the plan fails
+                    self._listen(member)
+                    self._lose(member, describe_exit(code))
                 member.close()
                 del self.members[slot]
 
@@ -399,7 +407,7 @@ class _Loop:
                 attempts.succeeded()
             else:
                 attempts.try_again()
-        self._feed(Submitted(running.plan_id, running.plan, running.room_nbytes))
+        self._feed(running.submission())
 
     def abandon(self, ticket: Ticket, reason: BaseException) -> None:
         """Cancel a plan whose caller goes away. Comes after its `submit` if there was one: the inbox keeps order."""
@@ -408,6 +416,7 @@ class _Loop:
             self._feed(CancelRequested(plan_id, reason))
             self._after(KILL_AFTER_S, lambda: self._kill_busy(plan_id))
         elif not ticket.done.is_set:  # the Ctrl-C came before it was in the inbox
+            ticket.failure = PlanFailed(plan_id, reason)
             _finish(ticket)
 
     def _kill_busy(self, plan_id: int) -> None:
@@ -495,7 +504,7 @@ class _Loop:
         if member.path != ticket.path:
             path = member.path = ticket.path
         forget, member.to_forget = member.to_forget, []
-        message = ("range", command.run_id, *key, command.start, command.stop, setup, path, forget)
+        message = ("range", command.run_id, *key, command.start, command.stop, command.step, setup, path, forget)
         self._post(member, message)
         self._look_within(look_again_s(self._timeout_s(ticket)))
 
@@ -513,9 +522,9 @@ class _Loop:
                     self._note(member, run_id, warned)
                     self.attempts[member.slot].succeeded()
                     self._feed(RangeFinished(member.slot, run_id, elapsed_s))
-                case ("failed", run_id, task, is_bound, blob, summary, trace, warned):
+                case ("failed", run_id, task, step, is_bound, blob, summary, trace, warned):
                     self._note(member, run_id, warned)
-                    self._feed(RangeFailed(member.slot, run_id, task, RemoteError(blob, summary, trace), is_bound))
+                    self._feed(RangeFailed(member.slot, run_id, task, RemoteError(blob, summary, trace), is_bound, step))
                 case ("stopped", run_id, task, warned):
                     self._note(member, run_id, warned)
                     self._feed(RangeStopped(member.slot, run_id, task))
@@ -569,8 +578,10 @@ class _Loop:
             self._look_within(look_again_s(timeout_s))
 
     def _place(self, member: _Member) -> tuple[int, int]:
+        """Return the run id that a worker shows, and the task; `NOT_BEGUN` when there is none."""
         at = WORDS_PER_SLOT * member.slot
-        return self.words[at + 1], self.words[at]
+        word = self.words[at]
+        return self.words[at + 1], unpack(word)[0] if word != NOT_BEGUN else NOT_BEGUN
 
     def _time_out(self, member: _Member, timeout_s: float, elapsed_s: float) -> None:
         """Kill a worker for the task it is at. One that did not even begin its range is given longer: nobody is to blame."""
@@ -699,8 +710,9 @@ class _Loop:
         """Clear up after a death: what it was at, who replaces it."""
         code = member.process.poll()
         reason = self._why(member, code)
+        if code != -signal.SIGKILL:
+            member.doom = ""  # something else was faster
         was_killed = code == -signal.SIGKILL and not member.doom
-        is_ours = code == -signal.SIGKILL and bool(member.doom)
         if member.is_open:
             self.epoll.unregister(member.link)
         self.epoll.unregister(member.pidfd)
@@ -710,17 +722,26 @@ class _Loop:
         if not member.has_joined:
             self._start_failed(member.slot, f"{reason}\n{tail}".strip(), was_killed=was_killed)
             return
-        at = WORDS_PER_SLOT * member.slot
-        cursor, run_id, is_binding = self.words[at], self.words[at + 1], self.words[at + 2]
-        queued = self.state.in_flight(member.slot)
-        is_begun = bool(queued) and queued[0][0] == run_id and cursor != NOT_BEGUN
-        for plan_id in {plan_id for _, plan_id, _ in queued}:
-            self.tickets[plan_id].deaths += 1
-        if not run_id:  # it was ready, and never began anything
+        if not self.words[WORDS_PER_SLOT * member.slot + 1]:  # it was ready, and never began anything
             self.start_error = f"{reason}, before it began its first task"
             self.attempts[member.slot].failed(was_killed=was_killed)
-        is_charged = not is_ours or member.doomed_at == (run_id, cursor)
-        self._feed(WorkerLost(member.slot, cursor if is_begun else None, reason, member.process.pid, not is_binding, is_charged))
+        self._lose(member, reason)
+
+    def _lose(self, member: _Member, reason: str) -> None:
+        """Tell the state of a death, with what the dead worker left: its cursor, and a step that it was copying, which is finished here."""
+        at = WORDS_PER_SLOT * member.slot
+        run_id, is_binding = self.words[at + 1], self.words[at + 2]
+        queued = self.state.in_flight(member.slot)
+        found: tuple[int, int] | None = None
+        if queued and queued[0][0] == run_id and self.words[at] != NOT_BEGUN:
+            redo = self.redos[member.slot]
+            task = unpack(self.words[at])[0]
+            found = task, settled(redo, self.memory)
+        for plan_id in {plan_id for _, plan_id, _ in queued}:
+            self.tickets[plan_id].deaths += 1
+        cursor, step = found or (None, 0)
+        is_charged = not member.doom or member.doomed_at == (run_id, cursor)
+        self._feed(WorkerLost(member.slot, cursor, reason, member.process.pid, not is_binding, step, is_charged))
 
     def _start_failed(self, slot: int, why: str, *, was_killed: bool = False) -> None:
         self.start_error = why
@@ -744,7 +765,7 @@ class _Loop:
 
 def _finish(ticket: Ticket) -> None:
     try:
-        ticket.running.close()
+        ticket.running.close(ticket.failure)
     finally:
         ticket.done.set()
 
@@ -851,16 +872,16 @@ class WorkerPool:
         loop = self._loop
         try:
             if not loop.post(lambda: loop.submit(ticket)):
-                running.close()
+                closed = PoolClosed("the pool is closed, or was made before a fork; make a new one.")
+                running.close(PlanFailed(running.plan_id, closed))
                 _stay_out_of_the_exit()
-                raise PoolClosed("the pool is closed, or was made before a fork; make a new one.")
+                raise closed
             ticket.done.wait()
         except BaseException as error:  # Ctrl-C, most likely
             reason = error if isinstance(error, Exception) else type(error)()
             # A loop that is closed knows already, and ends the plan when nobody works at it any more.
-            told = loop.post(lambda: loop.abandon(ticket, reason))
-            if told and ticket.done.wait(GIVE_UP_AFTER_S) and ticket.failure is not None:
-                tell_ranges(error, ticket.failure)
+            if loop.post(lambda: loop.abandon(ticket, reason)):
+                ticket.done.wait(GIVE_UP_AFTER_S)
             raise
         if ticket.failure is not None:
             _stay_out_of_the_exit()

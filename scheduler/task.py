@@ -15,7 +15,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["ARENA", "DRIVER", "Address", "Buffer", "Context", "Dependency", "Kernel", "Layer", "LockRequest", "Plan", "Report"]
+__all__ = [
+    "ARENA",
+    "DRIVER",
+    "Address",
+    "Buffer",
+    "Context",
+    "Dependency",
+    "Kernel",
+    "Layer",
+    "LockRequest",
+    "Outcome",
+    "Plan",
+    "Progress",
+    "Report",
+]
 
 ARENA = 0  # offset counts from the start of the pool's arena
 DRIVER = 1  # offset is an address in the driver's private memory
@@ -51,6 +65,10 @@ class Context(Protocol):
     def addresses(self) -> Mapping[int, Address]:
         """Where each buffer of the layer lies: those it reads and those it writes."""
 
+    @property
+    def redo(self) -> Any:
+        """The lane's `scheduler.redo.Redo`: what tasks of layers that are ``in_place`` write through."""
+
     def warn(self, category: str, message: str, line: str = "") -> None:
         """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
 
@@ -83,7 +101,8 @@ class Layer:
     """The family of tasks of one fused operation.
 
     ``place`` is "worker", or "driver" for work only the driver can do (reading a source that no worker reaches), or does sooner.
-    ``retry`` is False when a task reads what it writes, so that running it twice would be wrong.
+    ``in_place``: a task reads what it writes. It goes in steps through `Context.redo`, and after a death goes on where it was; any
+    other task is run again, unless ``retry`` is False, for one that must not be.
     ``nbytes_per_task`` is a hint of a task's cost (bytes moved, weighted); 0 means unknown, as for a user's function.
     ``describe(i)`` names a task in an error; ``line`` is the user's line ``file:number`` that built the expression.
     """
@@ -97,6 +116,7 @@ class Layer:
     nbytes_per_task: int = 0
     place: str = "worker"
     retry: bool = True
+    in_place: bool = False
     describe: Callable[[int], str] = _describe
     line: str = ""
 
@@ -110,13 +130,42 @@ class LockRequest(NamedTuple):
     mode: str
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a run that was cut short has done, and the next run of the plan goes on from.
+
+    ``finished``: ranges (layer, start, stop); ``steps``: (layer, task, first step to do) of tasks in place; ``unfinished``: ranges
+    that may be half done, and have to be run again. ``temporaries``: by buffer, the extents that hold what was computed.
+    """
+
+    finished: tuple[tuple[int, int, int], ...] = ()
+    steps: tuple[tuple[int, int, int], ...] = ()
+    unfinished: tuple[tuple[int, int, int], ...] = ()
+    temporaries: Mapping[int, Any] = field(default_factory=dict)
+
+
+class Outcome:
+    """How a run went, for whoever meets an exception of it, be it a Ctrl-C: filled in by whichever thread ends the plan.
+
+    ``began``: tasks may have run. ``progress``: what they have done, when the plan did not come to its end. None, though it
+    ``began`` and has not ``finished``: it is still running.
+    """
+
+    __slots__ = ("began", "finished", "progress")
+
+    def __init__(self) -> None:
+        self.began = self.finished = False
+        self.progress: Progress | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Layers in an order in which each depends only on earlier ones, and the buffers they use.
 
     ``scratch_nbytes`` is what one worker may need at once beside the buffers. ``isolated`` plans hold a user's function
-    and so never run in the driver by default. ``keep`` is held until the last task that might use it has ended.
-    ``task_timeout_s``: how long one task may keep a worker process, if its pool does not allow less; None: no limit.
+    and so never run in the driver by default. ``keep`` is held until the last task that might use it has ended. ``progress``: what an
+    earlier run has done. ``task_timeout_s``: how long one task may keep a worker process, if its pool does not allow less; None: no
+    limit.
     """
 
     buffers: tuple[Buffer, ...]
@@ -126,6 +175,7 @@ class Plan:
     task_timeout_s: float | None = None
     locks: tuple[LockRequest, ...] = ()
     keep: tuple[Any, ...] = field(default=(), compare=False)
+    progress: Progress | None = None
     # By layer: (digest, pickle) of its kernel, made when first sent; plans made from one by `dataclasses.replace` share it.
     pickles: dict[int, tuple[bytes, bytes]] = field(default_factory=dict, compare=False, repr=False)
 

@@ -20,6 +20,7 @@ SCHEDULER = """
 __init__ executors.__init__ errors limits
 task
 state segments extents results locks watch
+redo
 worker
 running
 pool
@@ -44,7 +45,7 @@ kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
-templates
+templates partial
 compute
 explain
 ops.elementwise ops.random
@@ -64,6 +65,7 @@ DOORS = {
         "compute",
         "doctor",
         "explain",
+        "partial",
         "plan",
         "storage",
         "templates",
@@ -74,6 +76,7 @@ DOORS = {
         "kernels.sources",
         "kernels.llvm.kernel",
     },
+    "scheduler.redo": {"kernels.numpy"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
     "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
