@@ -13,6 +13,7 @@ import pytest
 from scheduler.errors import TornChunkError, WorkerDied
 from scheduler.state import (
     DRIVER_LANE,
+    OUT_OF_MEMORY,
     BufferDone,
     CancelRequested,
     Command,
@@ -331,6 +332,42 @@ def test_a_task_that_ends_three_workers_is_refused_by_name() -> None:
     assert isinstance(failure.error, WorkerDied)
     for part in ("'evil'", "chunk (0, 0)", "script.py:12", "SIGSEGV", "100", "101", "102"):
         assert part in str(failure.error)
+
+
+def test_a_worker_killed_for_an_earlier_task_charges_nobody() -> None:
+    state = ready_state(1)
+    (piece,) = sent(state.handle(Submitted(1, plan(layer(ntasks=1)))))
+    for _ in range(5):
+        assert state.handle(WorkerLost(0, 0, "task_timeout of 5 s", 7, is_charged=False)) == [StartWorker(0)]
+        (piece,) = sent(state.handle(WorkerJoined(0)))
+        state.check()
+    assert PlanFinished(1) in state.handle(RangeFinished(0, piece.run_id, 0.1))
+
+
+def test_the_place_of_a_worker_is_told_only_while_it_is_at_a_task() -> None:
+    state = ready_state(1)
+    (piece,) = sent(state.handle(Submitted(1, plan(layer(ntasks=1, line="script.py:8", describe=lambda i: f"chunk {i}")))))
+    place = state.place(0, piece.run_id, 0)
+    assert place is not None and all(part in place for part in ("chunk 0", "'layer'", "script.py:8"))
+    assert state.place(0, piece.run_id, 1) is None  # all done, not reported yet
+    assert state.place(0, piece.run_id, -1) is None
+    assert state.place(0, piece.run_id + 1, 0) is None
+    assert state.place(1, piece.run_id, 0) is None
+
+
+def test_a_refusal_advises_according_to_what_killed() -> None:
+    for reason, advice in (
+        (f"killed by SIGKILL, by the kernel's {OUT_OF_MEMORY}", "ran out of memory"),
+        ("task_timeout of 5 s", "longer than task_timeout allows"),
+        ("killed by SIGSEGV", "come from the function itself"),
+    ):
+        state = ready_state(1)
+        state.handle(Submitted(1, plan(layer(ntasks=1))))
+        for _ in range(2):
+            state.handle(WorkerLost(0, 0, reason, 7))
+            state.handle(WorkerJoined(0))
+        (failed,) = [c for c in state.handle(WorkerLost(0, 0, reason, 7)) if isinstance(c, PlanFailed)]
+        assert advice in str(failed.error) and str(failed.error).count(reason) == 3
 
 
 def test_a_task_that_must_not_run_twice_leaves_a_torn_chunk() -> None:
