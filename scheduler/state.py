@@ -347,6 +347,7 @@ class _PlanState:
     """One plan: its layers, which of them may be begun, what of its memory is live."""
 
     __slots__ = (
+        "alone",
         "buffer_users",
         "deaths",
         "error",
@@ -385,6 +386,7 @@ class _PlanState:
         self.error_at: tuple[int, int] = (-1, -1)
         self.deaths: dict[tuple[int, int], list[tuple[str, int]]] = {}
         self.ndeaths = 0
+        self.alone: set[tuple[int, int]] = set()  # tasks that died for lack of memory: nothing else of the plan runs until they are done
         self.unfinished: list[tuple[int, int, int]] = []
         self._resume(event)
         for state in self.layers:
@@ -582,6 +584,8 @@ class _PlanState:
             return
         is_first = not state.finished.count
         state.finished.add(start, stop)
+        if self.alone:
+            self.alone = {(i, task) for i, task in self.alone if i != state.index or not start <= task < stop}
         for task in [t for t in state.steps if start <= t < stop] if state.steps else ():
             del state.steps[task]
         is_last = state.finished.count == state.ntasks
@@ -774,6 +778,8 @@ class State:
             deaths.clear()
         if event.is_charged:
             deaths.append((event.reason, event.pid))
+        if OUT_OF_MEMORY in event.reason:
+            plan.alone.add((layer.index, cursor))
         # Who died while binding had written nothing: then it is run again even where that would be wrong later.
         is_torn = event.is_bound and (event.step < 0 if layer.layer.in_place else not layer.layer.retry)
         is_refused = len(deaths) >= MOST_DEATHS
@@ -840,6 +846,8 @@ class State:
     def _send(self, lane: int, queue: list[_Range], commands: list[Command]) -> None:
         for plan_id in self.turn:
             plan = self.plans[plan_id]
+            if plan.alone and plan.in_flight:
+                continue
             taken = plan.take(lane, self.nslots, commands)
             if taken is None:
                 continue

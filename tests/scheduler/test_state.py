@@ -355,6 +355,22 @@ def test_the_place_of_a_worker_is_told_only_while_it_is_at_a_task() -> None:
     assert state.place(1, piece.run_id, 0) is None
 
 
+def test_a_task_that_died_for_lack_of_memory_is_done_again_with_nothing_beside_it() -> None:
+    state = ready_state(4)
+    pieces = sent(state.handle(Submitted(1, plan(layer(ntasks=100)))))
+    assert len(pieces) == 4
+    commands = state.handle(WorkerLost(pieces[0].worker, pieces[0].start, f"killed by SIGKILL, by the kernel's {OUT_OF_MEMORY}", 7))
+    commands += state.handle(WorkerJoined(pieces[0].worker))
+    assert sent(commands) == []  # the others are at work
+    for piece in pieces[1:3]:
+        assert sent(state.handle(RangeFinished(piece.worker, piece.run_id, 0.1))) == []
+    (alone,) = sent(state.handle(RangeFinished(pieces[3].worker, pieces[3].run_id, 0.1)))
+    assert (alone.start, alone.stop) == (pieces[0].start, pieces[0].start + 1)
+    commands = state.handle(RangeFinished(alone.worker, alone.run_id, 0.1))
+    assert len({piece.worker for piece in sent(commands)}) == 4  # and then all together again
+    assert isinstance(drain(state, commands)[-1], PlanFinished)
+
+
 def test_a_refusal_advises_according_to_what_killed() -> None:
     for reason, advice in (
         (f"killed by SIGKILL, by the kernel's {OUT_OF_MEMORY}", "ran out of memory"),
