@@ -233,6 +233,27 @@ def test_a_task_that_leaves_itself_no_memory_is_told_of(tmp_path: Path) -> None:
     assert "MemoryError True" in stderr  # its own, with chunk and line
 
 
+def test_a_segmentation_fault_shows_its_stack_and_its_name(tmp_path: Path) -> None:
+    lines, stderr = script(
+        tmp_path,
+        """
+        import ctypes
+        import shmarray as sa
+
+        def breaks(b):
+            ctypes.string_at(0)
+
+        with sa.Pool(workers=1, memory_limit="64MiB"):
+            try:
+                sa.ones(4, chunks=2).map_blocks(breaks, dtype=float).compute()
+            except sa.WorkerDied as error:
+                print("killed by SIGSEGV" in str(error), "script.py" in str(error), "map_blocks(breaks)" in str(error))
+        """,
+    )
+    assert lines == ["True True True"]
+    assert "Segmentation fault" in stderr and "in breaks" in stderr
+
+
 # --------------------------------------------------------------------------------------------------- from outside
 
 

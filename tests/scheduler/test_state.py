@@ -613,7 +613,8 @@ class World:
             if cursor is not None:
                 self.mark(*key, head.start, cursor)
                 step = self.leave(*key, cursor) if cursor < head.stop else 0
-            self.feed(WorkerLost(lane, cursor, "killed by SIGKILL", rng.randrange(1000), True, step))
+            reason = rng.choice(["killed by SIGKILL", OUT_OF_MEMORY])
+            self.feed(WorkerLost(lane, cursor, reason, rng.randrange(1000), True, step, rng.random() < 0.9))
             if lane not in self.starting and self.state.turn and rng.random() < 0.5:
                 self.starting = [w for w in self.starting if w not in self.alive]
         elif roll < 0.08:
