@@ -22,7 +22,7 @@ from scheduler.state import (
     RangeStopped,
     SendRange,
 )
-from scheduler.task import ARENA, Address, Plan, Report
+from scheduler.task import Address, Plan, Report
 from scheduler.worker import TaskContext, annotate, contain, unpack_error
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class Host(Protocol):
 
     def allocate_temporary(self, nbytes: int) -> Extent: ...
 
+    def allocate_spilled(self, nbytes: int) -> Extent: ...
+
     def free_temporary(self, extent: Extent) -> None: ...
 
 
@@ -151,9 +153,11 @@ class Running:
         layer = self.plan.layers[index]
         for buffer in (*layer.reads, *layer.writes):
             if buffer not in self.addresses:
-                extent = self.host.allocate_temporary(self.plan.buffers[buffer].nbytes)
+                wanted = self.plan.buffers[buffer]
+                allocate = self.host.allocate_spilled if wanted.is_spilled else self.host.allocate_temporary
+                extent = allocate(wanted.nbytes)
                 self.temporaries[buffer] = extent
-                self.addresses[buffer] = Address(ARENA, extent.offset)
+                self.addresses[buffer] = extent.address
 
     def buffer_done(self, buffer: int) -> None:
         self.host.free_temporary(self.temporaries.pop(buffer))

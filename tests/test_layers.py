@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; files of one line know nothing of each other.
 SCHEDULER = """
 __init__ executors.__init__ errors limits
-task
+task spill
 state segments extents results locks
 worker
 running
@@ -75,7 +75,7 @@ DOORS = {
     "scheduler.run": {"__init__", "compute", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "config", "engines", "explain"},
+    "scheduler.limits": {"array", "chunks", "compute", "config", "engines", "explain", "storage"},
     "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"array", "storage"},
     "scheduler.results": {"plan"},
