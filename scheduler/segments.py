@@ -335,7 +335,8 @@ class _Spilled(Remote):
             part = memoryview(flat)  # type: ignore[arg-type]  # the stubs do not know that arrays are buffers
             for number, offset in enumerate(starts):
                 file.write_from(part[number * run : (number + 1) * run], offset)
-            file.written([(offset, offset + run) for offset in starts])
+            if run >= LONGEST_RUN_NBYTES or len(starts) == 1:  # else neighbours will write the rest of these pages: they must stay
+                file.written([(offset, offset + run) for offset in starts])
             return
         if counts and run <= LONGEST_RUN_NBYTES and gaps[-1] - run <= WIDEST_GAP_NBYTES:
             self._read_across(flat, _starts(start, counts[:-1], gaps[:-1]).tolist(), counts[-1], gaps[-1], run)

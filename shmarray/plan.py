@@ -49,7 +49,7 @@ from shmarray.kernels.reduce import FinishKernel, ReduceKernel, ReduceSpec
 from shmarray.kernels.scan import CarryKernel, ScanKernel
 from shmarray.kernels.sources import BlockKernel, BlockSource, ForeignSource, Piece, PiecesSource
 from shmarray.ops.reductions_table import REDUCTIONS
-from shmarray.optimise import optimise, weight_below
+from shmarray.optimise import Optimised, optimise, weight_below
 from shmarray.passes import Division, Making, Pass, divide, inside, source_edges
 from shmarray.region import Box, IndexMap, c_strides
 from shmarray.storage import Layout, Storage
@@ -86,6 +86,7 @@ Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are r
 BLOCKS_NBYTES = 16 * BLOCK_ITEMS * 8  # of scratch that every task may need, in a pool that has so much; else it is part of a constant
 ANY_ROOM = 0, math.inf  # see `Bindings`
 FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
+SLAB_ITEMS = 1 << 20  # of a scan through a file: moved at once
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
 
@@ -182,7 +183,14 @@ def make_result(target: Target, order: tuple[int, ...], empty: Empty | None = No
 
 def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: Empty) -> _Builder:
     optimised = optimise(tuple(roots))
-    builder = _Builder(pool, frozenset(optimised.kept))
+    builder = _filled(optimised, targets, pool, empty, is_spilling=False)
+    if any(b.is_spilled for b in builder.buffers) and any(isinstance(layer.kernel, ScanKernel) for layer in builder.layers):
+        return _filled(optimised, targets, pool, empty, is_spilling=True)
+    return builder
+
+
+def _filled(optimised: Optimised, targets: Sequence[Target], pool: Pool, empty: Empty, *, is_spilling: bool) -> _Builder:
+    builder = _Builder(pool, frozenset(optimised.kept), is_spilling)
     for root, target in zip(optimised.roots, targets, strict=True):
         if target.array is None and target.storage is None:
             make_result(target, _memory_order_of(root), empty)
@@ -251,8 +259,9 @@ class _LayerDraft:
 class _Builder:
     """Grows one plan: buffers, layers, and which layers last wrote or read each buffer."""
 
-    def __init__(self, pool: Pool, kept: frozenset[Expr]) -> None:
+    def __init__(self, pool: Pool, kept: frozenset[Expr], is_spilling: bool) -> None:
         self.pool = pool
+        self.is_spilling = is_spilling  # some temporaries will be in the spill file: it is not yet known which
         self.kept = kept
         self.buffers: list[Buffer] = []
         self.layers: list[_LayerDraft] = []
@@ -633,6 +642,14 @@ class _Builder:
         sizes = tuple(segment if a == axis else s for a, s in enumerate(slab_sizes(kept, width)))
         grid = Grid(shape, sizes)
         carry = None
+        in_file = self.is_spilling or any(self._is_spilled(o.buffer) for o in (*program.loads, out))
+        in_slabs = in_file and segment == n and axis != len(shape) - 1
+        if in_slabs:
+            # Wider tiles, worked through in the same blocks: long runs of the file, and the same bits.
+            rows = grid.block_sizes[axis]
+            allowed = self.pool.budget.limit_nbytes // (4 * RESERVED_SHARE * max(1, self.pool.workers)) // node.dtype.itemsize
+            wide = slab_sizes(kept, max(math.prod(grid.block_sizes), min(SLAB_ITEMS, allowed)) // rows)
+            grid = Grid(shape, tuple(n if a == axis else w for a, w in enumerate(wide)), grid.block_sizes)
         if segment < n:
             splits = _split_counts(grid, (axis,))
             row = {"cumsum": "add"}.get(node.ufunc, node.ufunc)
@@ -665,7 +682,7 @@ class _Builder:
                     16 * len(splits) * math.prod(lanes_grid.sizes),
                 )
             )
-        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry, line_of(node))
+        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry, line_of(node), in_slabs)
         loads = program.loads if carry is None else (*program.loads, carry)
         self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), grid, loads, (out,), writer.cost(grid) * 2))
         self.operands.setdefault(node, out)
@@ -982,7 +999,7 @@ def _copies_nbytes(draft: _LayerDraft, is_spilled: Callable[[int], bool]) -> int
         return nbytes + (_inputs_nbytes(kernel.source, box, is_spilled) if isinstance(kernel.source, BlockSource) else 0)
     if draft.grid is None:
         return 0
-    most = MOST_STAGED_ITEMS * (2 if isinstance(kernel, ReduceKernel) else 1)  # compiled ones take larger pieces
+    most = MOST_STAGED_ITEMS * (2 if isinstance(kernel, (ReduceKernel, ScanKernel)) else 1)  # compiled ones take larger pieces
     items = min(math.prod(draft.grid.sizes), most)
     staged = sum(items * o.dtype.itemsize for o in dict.fromkeys((*draft.loads, *draft.stores)) if is_spilled(o.buffer))
     made = 0
