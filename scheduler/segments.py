@@ -215,6 +215,8 @@ class Remote:
 
     def read(self, scratch: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
         """Return a copy, in ``scratch`` (uint8, large enough) when given. Broadcast axes are read once."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
         start, axes, gaps = self._layout()
         itemsize = self.dtype.itemsize
         gap = gaps[-1] if gaps else itemsize
