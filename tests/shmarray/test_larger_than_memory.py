@@ -1,4 +1,4 @@
-"""Arrays that do not fit the memory limit: everything that is done with stored arrays, with values from NumPy, by each engine and executor."""
+"""Arrays that do not fit the memory limit: whatever is done with stored arrays, with NumPy's values, by each engine and executor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from shmarray.errors import MemoryBudgetError, SpillError, TornChunkError
 from shmarray.plan import Target
 
 MIB = 1 << 20
-SHAPE = (4096, 2048)  # 64 MiB of float64
+SHAPE = (2048, 1024)  # 16 MiB of float64, twice the limit
+LARGE = (4096, 2048)  # 64 MiB
 ENGINES = ("numpy", "llvm") if importlib.util.find_spec("llvmlite") else ("numpy",)
 
 
@@ -37,7 +38,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[sa.Pool]:
-    """A pool that an array of 64 MiB does not fit by far; at its end nothing of it may be held, on disk neither."""
+    """A pool that an array of 16 MiB does not fit; at its end nothing of it may be held, on disk neither."""
     with sa.Pool(workers=2, memory_limit="8MiB", spill_directory=str(tmp_path)) as made:
         yield made
         gc.collect()
@@ -60,7 +61,8 @@ def same(found: Any, expected: np.ndarray[Any, Any], rtol: float = 0.0) -> None:
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-def test_elementwise_reductions_and_updates(small: sa.Pool, executor: str, engine: str, values: np.ndarray[Any, Any]) -> None:
+def test_elementwise_reductions_and_updates(small: sa.Pool, executor: str, engine: str) -> None:
+    values = np.random.default_rng(8).random(LARGE)
     x = sa.array(values)
     y = (x * 2 + 1).persist()
     assert small.statistics().spilled_nbytes == 128 * MIB
@@ -112,18 +114,18 @@ def test_sums_have_the_bits_they_have_in_memory(small: sa.Pool, engine: str, val
 def test_views_rechunks_and_transposes(small: sa.Pool, executor: str, values: np.ndarray[Any, Any]) -> None:
     x = sa.array(values)
     before = small.statistics().spilled_nbytes
-    view, again = x[::3, 5:-7:2], x.rechunk((512, 512))
+    view, again = x[::3, 5:-7:2], x.rechunk((128, 512))
     assert small.statistics().spilled_nbytes == before  # no bytes moved
     np.testing.assert_array_equal(view[100:110].compute(), values[::3, 5:-7:2][100:110])
     same(x.T.copy(), values.T)
     same(x[:, ::-1].copy(), values[:, ::-1])
-    same(x.reshape(2048, 2, 2048)[:, 1].persist(), values.reshape(2048, 2, 2048)[:, 1])
+    same(x.reshape(1024, 2, 1024)[:, 1].persist(), values.reshape(1024, 2, 1024)[:, 1])
     same(again.map_blocks(lambda block: block.round(1)).persist(), np.round(values, 1))
     same(sa.concatenate([x[:100], x[-100:]]).persist(), np.concatenate([values[:100], values[-100:]]))
 
 
 def test_products_of_panels(small: sa.Pool, executor: str, values: np.ndarray[Any, Any]) -> None:
-    x = sa.array(values).reshape(SHAPE[0] * 32, 64)
+    x = sa.array(values).reshape(-1, 64)
     b = np.random.default_rng(1).random((64, 24))
     np.testing.assert_allclose((x @ b)[1000:1100].compute(), values.reshape(-1, 64)[1000:1100] @ b, rtol=1e-12)
 
@@ -163,18 +165,18 @@ def test_what_compute_gives_of_a_stored_array_is_a_private_read_only_copy(tmp_pa
 
 
 def test_a_locked_chunk_is_read_in_and_written_back(small: sa.Pool, executor: str, values: np.ndarray[Any, Any]) -> None:
-    x = sa.array(values, chunks=(256, 512))
+    x = sa.array(values, chunks=(256, 256))
     with x.lock((1, 2), "w") as chunk:
-        np.testing.assert_array_equal(chunk, values[256:512, 1024:1536])
+        np.testing.assert_array_equal(chunk, values[256:512, 512:768])
         chunk[...] = -1
     with x.lock((1, 2), "r") as chunk:
         assert (chunk == -1).all()
         with pytest.raises(ValueError, match="read-only"):
             chunk[0, 0] = 0
     expected = values.copy()
-    expected[256:512, 1024:1536] = -1
+    expected[256:512, 512:768] = -1
     same(x, expected)
-    with pytest.raises(MemoryBudgetError, match=r"64 MiB.*8 MiB"), x.lock():
+    with pytest.raises(MemoryBudgetError, match=r"16 MiB.*8 MiB"), x.lock():
         pass
     with pytest.raises(RuntimeError, match="mine"), x.lock((0, 0), "w") as chunk:
         chunk[0, 0] = 5
@@ -197,7 +199,7 @@ def test_an_array_of_another_pools_file_is_told(small: sa.Pool) -> None:
     x = sa.ones(SHAPE).persist()
     with sa.Pool(workers=0, memory_limit="8MiB"), pytest.raises(SpillError, match="spill file of one pool"):
         x.sum().compute()
-    assert float(x.sum().compute()) == 4096 * 2048
+    assert float(x.sum().compute()) == 2048 * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
@@ -210,7 +212,7 @@ def test_a_result_larger_than_the_limit_is_refused_before_anything_runs(small: s
             attempt()
     stored = x.persist()
     plans = small.statistics().plans
-    with pytest.raises(MemoryBudgetError, match=r"64 MiB lies in the spill file.*8 MiB"):
+    with pytest.raises(MemoryBudgetError, match=r"16 MiB lies in the spill file.*8 MiB"):
         stored.compute()
     assert small.statistics().plans == plans
 
@@ -221,7 +223,7 @@ def test_scratch_that_cannot_fit_is_refused_with_numbers(small: sa.Pool) -> None
     with pytest.raises(MemoryBudgetError, match=r"scratch for 2 workers.*8 MiB memory limit.*smaller chunks"):
         x.map_blocks(np.sqrt, dtype=float).persist()
     assert small.statistics().plans == plans + 1  # asked for, and refused when admitted
-    assert float(x.rechunk((64, 2048)).map_blocks(np.sqrt, dtype=float).sum().compute()) == 4096 * 2048
+    assert float(x.rechunk((64, 1024)).map_blocks(np.sqrt, dtype=float).sum().compute()) == 2048 * 1024
 
 
 def test_results_go_straight_to_an_array_that_is_given(small: sa.Pool, values: np.ndarray[Any, Any]) -> None:
@@ -232,12 +234,12 @@ def test_results_go_straight_to_an_array_that_is_given(small: sa.Pool, values: n
 
 def test_explain_tells_of_spilled_temporaries(small: sa.Pool) -> None:
     x = sa.ones(SHAPE)
-    assert "64 MiB of temporaries do not fit the memory limit" in str(x.cumsum(axis=0).cumsum(axis=1).sum().explain())
+    assert "32 MiB of temporaries do not fit the memory limit" in str(x.cumsum(axis=0).cumsum(axis=1).sum().explain())
     assert "spill" not in str(x.sum().explain())
 
 
 def test_plans_of_different_free_memory_are_not_mixed(tmp_path: Path) -> None:
-    with sa.Pool(workers=0, memory_limit="48MiB", spill_directory=str(tmp_path)) as made:
+    with sa.Pool(workers=0, memory_limit="64MiB", spill_directory=str(tmp_path)) as made:
         x = sa.array(np.arange(2.0 * MIB).reshape(1024, 2048) % 10)
 
         def spilled() -> list[bool]:
@@ -245,13 +247,13 @@ def test_plans_of_different_free_memory_are_not_mixed(tmp_path: Path) -> None:
             return [b.is_spilled for b in plan.buffers if b.address is None and b.nbytes == 16 * MIB]
 
         node = x.cumsum(axis=0).cumsum(axis=1).max().node
-        assert spilled() == [False]
-        assert spilled() == [False]
+        assert spilled() == [False, False]
+        assert spilled() == [False, False]
         taken = sa.zeros(2 * MIB).persist()
-        assert spilled() == [True]
-        assert spilled() == [True]
+        assert spilled() == [True, False]
+        assert spilled() == [True, False]
         del taken
-        assert spilled() == [False]
+        assert spilled() == [False, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------- failures
@@ -272,7 +274,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, after: int, code: int = 
 
 
 @pytest.mark.parametrize("name", ["_read_some", "_write_some"])
-@pytest.mark.parametrize("after", [0, 1, 20])
+@pytest.mark.parametrize("after", [0, 1, 8])
 def test_a_disk_that_fails_fails_the_computation_and_loses_nothing(
     small: sa.Pool, monkeypatch: pytest.MonkeyPatch, name: str, after: int, values: np.ndarray[Any, Any]
 ) -> None:
@@ -283,33 +285,35 @@ def test_a_disk_that_fails_fails_the_computation_and_loses_nothing(
             (x + 1).persist()
         assert any("part [" in note for note in caught.value.__notes__)
         monkeypatch.undo()
-        assert small.statistics().spilled_nbytes == 64 * MIB
+        del caught  # its traceback holds the result
+        gc.collect()
+        assert small.statistics().spilled_nbytes == 16 * MIB
         same((x + 1).persist(), values + 1)
 
 
 def test_an_update_that_the_disk_cuts_short_leaves_torn_chunks(small: sa.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = sa.array(np.ones(SHAPE), chunks=(512, 2048))
+    x = sa.array(np.ones(SHAPE), chunks=(256, 1024))
     with sa.config.set(scheduler="synchronous"):
-        failing(monkeypatch, "_write_some", 40)
+        failing(monkeypatch, "_write_some", 9)
         with pytest.raises(SpillError, match="Input/output error"):
             x += 1
         monkeypatch.undo()
         with pytest.raises(TornChunkError):
             x.sum().compute()
         x[...] = 3
-        assert float(x.sum().compute()) == 3 * 4096 * 2048
+        assert float(x.sum().compute()) == 3 * 2048 * 1024
 
 
 def test_a_lock_whose_chunk_cannot_be_written_back_leaves_it_torn(small: sa.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = sa.array(np.ones(SHAPE), chunks=(512, 2048))
-    x = x.rechunk((256, 2048))
+    x = sa.array(np.ones(SHAPE), chunks=(256, 1024))
+    x = x.rechunk((128, 1024))
     with pytest.raises(SpillError, match="Input/output error"), x.lock((1, 0), "w") as chunk:
         chunk[...] = 2
         failing(monkeypatch, "_write_some", 0)
     monkeypatch.undo()
-    with pytest.raises(TornChunkError, match="written back|back to the spill file"):
-        x[:300].sum().compute()
-    assert float(x[512:].min().compute()) == 1.0
+    with pytest.raises(TornChunkError, match="back to the spill file"):
+        x[:200].sum().compute()
+    assert float(x[256:].min().compute()) == 1.0
 
 
 def test_a_full_disk_fails_before_anything_is_written(
@@ -321,7 +325,7 @@ def test_a_full_disk_fails_before_anything_is_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(SpillError, match=r"64 MiB.*disk is full"):
+    with pytest.raises(SpillError, match=r"16 MiB.*disk is full"):
         x.persist().cumsum(axis=0).persist()
     with pytest.raises(SpillError, match=r"disk is full"):
         x[1:] = x[:-1]  # the temporary
