@@ -409,7 +409,10 @@ def main(arguments: Sequence[str]) -> None:
     process.move_to(path, directory)
     arena = mmap.mmap(arena_fd, arena_nbytes, flags=mmap.MAP_SHARED)
     os.close(arena_fd)
-    spill = SpillFile(spill_fd, spill_directory) if spill_fd >= 0 else None
+    spill = None
+    if spill_fd >= 0:
+        os.set_inheritable(spill_fd, False)  # programs that tasks start have no business with it
+        spill = SpillFile(spill_fd, spill_directory)
     process.memory = Memory(np.frombuffer(arena, np.uint8), driver=driver, spill=spill)
     process.send(("hello", os.getpid(), np.__version__))
     # Up to here stderr was a memory file in which the driver finds why a start failed; from here it is the user's.

@@ -171,8 +171,11 @@ def run(
     pairs = [(n, t) for n, t in zip(nodes, targets, strict=True) if math.prod(t.shape)]
     if not pairs:
         return
-    pool = pool or current_pool()
     stored = [node for node in postorder(n for n, _ in pairs) if isinstance(node, Stored)]
+    places = [*(node.storage for node in stored), *(target.storage for _, target in pairs if target.storage is not None)]
+    homes = {place.pool for place in places if place.is_spilled}
+    # Only the workers of its own pool reach a spill file.
+    pool = homes.pop() if len(homes) == 1 else pool or current_pool()
     requests = [request for node in stored for request in node.storage.requests(_where(node), "r")]
     for _, target in pairs:
         if target.storage is not None and target.layout is not None:

@@ -125,8 +125,8 @@ class Storage:
             return extent.address, extent
         if self.is_spilled:
             raise SpillError(
-                f"an array of shape {self.shape} lies in the spill file of one pool and was to be computed with in another, whose workers "
-                f"cannot reach it. Compute in the pool it was stored in (with that_pool: ...), or store it anew from x.compute()."
+                f"an array of shape {self.shape} lies in the spill file of one pool, another array of the same computation in that of "
+                f"another, and no worker reaches both. Store one of them anew where the other is: from x.compute(), or part by part."
             )
         return Address(DRIVER, self.pool.arena.start + extent.offset), extent
 

@@ -133,8 +133,10 @@ def test_boxes_are_read_and_written_as_those_of_an_array(case: Any, gap: int, or
     np.testing.assert_array_equal(np.frombuffer(bytes(found), np.uint8), base.reshape(-1).view(np.uint8))
 
 
-def test_what_was_written_leaves_the_page_cache(file: SpillFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_written_leaves_a_page_cache_that_has_no_room(file: SpillFile, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int, int]] = []
+    room = [False]
+    monkeypatch.setattr(spill, "page_cache_has_room", lambda: room[0])
     monkeypatch.setattr(file, "_send", lambda start, stop, flags: sent.append((start, stop, flags)))
     for k in range(48):
         file.written([(k * MIB, (k + 1) * MIB)])
@@ -143,6 +145,11 @@ def test_what_was_written_leaves_the_page_cache(file: SpillFile, monkeypatch: py
     waited = [(start, stop) for start, stop, flags in sent if flags == 7]
     assert begun == [(k * 8 * MIB, (k + 1) * 8 * MIB) for k in range(6)]
     assert waited == begun[:-1]  # one step behind
+    room[0] = True
+    sent.clear()
+    for k in range(48):
+        file.written([(k * MIB, (k + 1) * MIB)])
+    assert sent == []
 
 
 # ------------------------------------------------------------------------------------------------------------- failures

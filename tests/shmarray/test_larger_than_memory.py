@@ -195,11 +195,26 @@ def test_a_write_that_moves_an_array_may_move_it_to_the_file(tmp_path: Path) -> 
         same(x, np.arange(4.0 * MIB) + 1)
 
 
-def test_an_array_of_another_pools_file_is_told(small: sa.Pool) -> None:
-    x = sa.ones(SHAPE).persist()
-    with sa.Pool(workers=0, memory_limit="8MiB"), pytest.raises(SpillError, match="spill file of one pool"):
-        x.sum().compute()
-    assert float(x.sum().compute()) == 2048 * 1024
+def test_the_pool_of_the_file_computes_wherever_the_caller_stands(small: sa.Pool, values: np.ndarray[Any, Any]) -> None:
+    x = sa.array(values)
+    with sa.Pool(workers=0, memory_limit="8MiB") as other:
+        y = sa.array(values)
+        near = sa.array(np.arange(1024.0))
+        plans = other.statistics().plans
+        same((x + near)[:100].persist(), (values + np.arange(1024.0))[:100])
+        x += near
+        assert other.statistics().plans == plans
+        with pytest.raises(SpillError, match=r"spill file of one pool.*no worker reaches both"):
+            (x + y).sum().compute()
+    same(x, values + np.arange(1024.0))
+
+
+def test_a_directory_in_memory_is_used_when_it_is_named(values: np.ndarray[Any, Any]) -> None:
+    if os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize < 32 * MIB:
+        pytest.skip("/dev/shm is too small")
+    with sa.Pool(workers=1, memory_limit="8MiB", spill_directory="/dev/shm") as made:
+        same((sa.array(values) + 1).persist(), values + 1)
+        assert made.memory.spill is not None and made.memory.spill.directory == "/dev/shm"
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
