@@ -11,6 +11,7 @@ __all__ = [
     "PoolClosed",
     "SchedulerError",
     "SharedMemoryError",
+    "SpillError",
     "TaskError",
     "TornChunkError",
     "UnreachableMemory",
@@ -33,6 +34,27 @@ class SharedMemoryError(SchedulerError, MemoryError):
 
 class UnreachableMemory(SharedMemoryError):
     """The system forbids workers to read and write the driver's memory (Yama, seccomp); it has to be staged."""
+
+
+class SpillError(SchedulerError, OSError):
+    """The spill file cannot be made, extended, read or written.
+
+    ``path`` is its directory; ``needed_nbytes`` and ``free_nbytes`` what was wanted and what the disk has left, where that is the matter.
+    """
+
+    def __init__(self, message: str, *, path: str = "", needed_nbytes: int = 0, free_nbytes: int = 0, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.needed_nbytes = needed_nbytes
+        self.free_nbytes = free_nbytes
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_spill, (str(self), self.path, self.needed_nbytes, self.free_nbytes, self.errno)
+
+
+def _rebuild_spill(message: str, path: str, needed_nbytes: int, free_nbytes: int, errno: int | None) -> SpillError:
+    return SpillError(message, path=path, needed_nbytes=needed_nbytes, free_nbytes=free_nbytes, errno=errno)
 
 
 class PoolClosed(SchedulerError):

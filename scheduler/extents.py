@@ -28,8 +28,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from scheduler.errors import SchedulerError, SharedMemoryError
+from scheduler.errors import SchedulerError, SharedMemoryError, SpillError
 from scheduler.limits import format_bytes
+from scheduler.task import ARENA, Address
 
 __all__ = ["Extent", "ExtentStatistics", "Extents"]
 
@@ -66,6 +67,11 @@ class Extent:
         self.extents = extents
         self.offset = offset
         self.nbytes = nbytes
+
+    @property
+    def address(self) -> Address:
+        """Where it starts, for tasks of the pool whose extent it is."""
+        return Address(self.extents.segment, self.offset)
 
     def free(self) -> None:
         """Give the bytes back; they may change from now on. Calling it again does nothing."""
@@ -224,9 +230,10 @@ class Extents:
     more than building the indexes again.
     """
 
-    def __init__(self, arena: _ArenaLike, *, warm_limit_nbytes: int) -> None:
+    def __init__(self, arena: _ArenaLike, *, warm_limit_nbytes: int, segment: int = ARENA) -> None:
         """``warm_limit_nbytes``: more free memory than this does not stay warm but goes back to the system."""
         self.arena = arena
+        self.segment = segment
         self.warm_limit_nbytes = warm_limit_nbytes
         # Every field below is written under the lock, but for _dead. The lock is re-entrant, for the garbage collector may run
         # the finalizer of anything in the middle of a change, in the thread that makes it, and that finalizer may come back
@@ -498,7 +505,7 @@ class Extents:
             try:
                 # An eighth more than needed: a system call now and then, not one for every extent freed from here on.
                 self._punch(self.warm_limit_nbytes - self.warm_limit_nbytes // 8)
-            except SharedMemoryError:
+            except (SharedMemoryError, SpillError):
                 self._punches_unasked = False  # this system cannot; nobody asked, so whoever calls `trim` is told
 
     def _punch(self, keep_nbytes: int) -> int:

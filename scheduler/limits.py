@@ -19,9 +19,19 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Budget", "BudgetStatistics", "available_nbytes", "cpu_count", "format_bytes", "oom_kills", "parse_bytes"]
+__all__ = [
+    "Budget",
+    "BudgetStatistics",
+    "available_nbytes",
+    "cpu_count",
+    "format_bytes",
+    "oom_kills",
+    "page_cache_has_room",
+    "parse_bytes",
+]
 
 DEFAULT_SHARE = 0.6  # of what is available: the rest is for the user's own arrays and everybody else
+UNUSED_SHARE = 8  # an eighth of the machine's memory that nobody uses is for caching what was written
 NO_LIMIT_V1_NBYTES = 1 << 62  # version 1 writes "none" as the largest multiple of a page, 9223372036854771712
 
 _UNITS = {"": 1, "b": 1}
@@ -87,6 +97,18 @@ def available_nbytes(root: str | os.PathLike[str] = "/") -> int:
             used = _read_int(folder / "memory.usage_in_bytes") - _read_stat(folder / "memory.stat", "total_inactive_file")
             found.append(int(limit) - max(used, 0))
     return max(min(found), 0)
+
+
+def page_cache_has_room(root: str | os.PathLike[str] = "/") -> bool:
+    """Return whether what is written to files may stay in memory: much of the machine's is unused, and no cgroup counts it against us."""
+    memory = psutil.virtual_memory()
+    if memory.free < memory.total // UNUSED_SHARE:
+        return False
+    second = (
+        _read_limit(folder / name) for folder in _ancestors(Path(root), "", ("", "unified")) for name in ("memory.max", "memory.high")
+    )
+    first = (_read_limit(folder / "memory.limit_in_bytes") for folder in _ancestors(Path(root), "memory", ("memory",)))
+    return min(second, default=math.inf) == math.inf and min(first, default=math.inf) >= NO_LIMIT_V1_NBYTES
 
 
 def cpu_count(root: str | os.PathLike[str] = "/") -> int:

@@ -660,7 +660,8 @@ class _Loop:
         self.epoll.register(member.pidfd, select.EPOLLIN)
         member.path = [*sys.path], _directory()
         environment = {"PYTHONPATH": os.environ.get("PYTHONPATH")}
-        self._post(member, ("hello", self.slots, self.arena_nbytes, *member.path, environment))
+        spill_directory = "" if self.memory.spill is None else self.memory.spill.directory
+        self._post(member, ("hello", self.slots, self.arena_nbytes, *member.path, environment, spill_directory))
         self._after(START_S, lambda: self._expect(member))
 
     def _expect(self, member: _Member) -> None:
@@ -682,12 +683,13 @@ class _Loop:
             os.fchmod(capture, 0o600)
             stderr = _duplicate_stderr()
             opened.append(stderr)
-            numbers = [far_link.fileno(), far_life.fileno(), self.arena_fd, self.control_fd, stderr]
+            spill_fd = -1 if self.memory.spill is None else self.memory.spill.fd
+            numbers = [far_link.fileno(), far_life.fileno(), self.arena_fd, self.control_fd, stderr, spill_fd]
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "scheduler.worker", *map(str, numbers), str(os.getpid()), str(slot)],
                 stdin=subprocess.DEVNULL,
                 stderr=capture,
-                pass_fds=numbers,
+                pass_fds=[number for number in numbers if number >= 0],
                 env=_environment(),
                 start_new_session=True,  # so that a Ctrl-C at the terminal does not shoot it
             )

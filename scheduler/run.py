@@ -21,19 +21,21 @@ from types import TracebackType
 from typing import Any
 
 from scheduler import executors, worker
-from scheduler.errors import MemoryBudgetError, PoolClosed, SharedMemoryError
+from scheduler.errors import MemoryBudgetError, PoolClosed, SharedMemoryError, SpillError
 from scheduler.extents import Extent, Extents
 from scheduler.limits import Budget, cpu_count, format_bytes, parse_bytes
 from scheduler.locks import process_locks
 from scheduler.pool import WorkerPool, can_start_workers
 from scheduler.running import Room, is_inline
 from scheduler.segments import Arena, Memory, permit_workers
-from scheduler.task import Outcome, Plan, Report
+from scheduler.spill import OFF, SpillFile, default_directory
+from scheduler.task import SPILL, Outcome, Plan, Report
 
-__all__ = ["Pool", "PoolStatistics", "configure_default", "default_pool"]
+__all__ = ["RESERVED_SHARE", "Pool", "PoolStatistics", "configure_default", "default_pool"]
 
 TINY_NBYTES = 2 << 20  # moved: done in the driver sooner than told to a worker
 LARGE_NBYTES = 1 << 20  # from here on an allocation looks after the warm memory as well
+RESERVED_SHARE = 8  # an eighth of the limit is not given to stored arrays that can go to the spill file: plans need scratch
 LOOK_AGAIN_S = 0.5  # how long room that was dropped, not given back, can go unnoticed
 
 _log = logging.getLogger("shmarray")
@@ -52,13 +54,16 @@ class PoolStatistics:
     temporary_nbytes: int  # of which: of plans that run now
     warm_nbytes: int
     peak_nbytes: int
+    spilled_nbytes: int = 0  # live, in the spill file: beside all of the above
 
 
 class Pool:
     """Shared memory and the workers that fill it. Starts nothing before a plan needs it; stays warm after.
 
     ``workers`` None: as many as there are cores for this process; 0: everything happens in the calling thread.
-    ``memory_limit`` None: a share of what is available now. As a context manager it is the default pool inside, closed after.
+    ``memory_limit`` None: a share of what is available now. What exceeds it lies in a file in ``spill_directory``; None: in the
+    first temporary directory that lies on a disk, "off": nowhere, it is an error. As a context manager it is the default pool
+    inside, closed after.
     ``task_timeout`` in seconds: a worker process that takes longer for one task is killed, as a death of that task; None: never.
     Threads may share a pool; a forked child may not.
     """
@@ -79,7 +84,7 @@ class Pool:
         self.pid = os.getpid()
         self.task_timeout_s = task_timeout
         self.workers = cpu_count() if workers is None else workers
-        self.spill_directory = spill_directory
+        self.spill_directory = None if spill_directory is None else os.path.expanduser(os.fspath(spill_directory))
         self.budget = Budget(None if memory_limit is None else parse_bytes(memory_limit))
         # Without workers nobody else maps it, and private memory has huge pages.
         self.arena = Arena(shared=self.workers > 0 and not worker.IN_WORKER)
@@ -88,7 +93,10 @@ class Pool:
         self.memory = Memory(self.arena.bytes)
         self.closed = False
         self.is_driver_reachable = True  # until a worker finds that the system forbids it; any thread may write False
-        # Guards the five below. A plain lock, not a Condition: Ctrl-C in a function written in Python would leave that locked.
+        # Written once, under the mutex, by `can_spill`; what it found: None: not looked for yet.
+        self._spill_extents: Extents | None = None
+        self._why_no_spill: str | None = None
+        # Guards the five below, too. A plain lock, not a Condition: Ctrl-C in a function written in Python would leave that locked.
         self._mutex = threading.RLock()
         self._rooms: list[weakref.ref[Room]] = []  # of plans that run
         self._temporaries: set[int] = set()  # identities of their extents
@@ -98,6 +106,8 @@ class Pool:
         self._local = threading.local()  # how deep in `run` this thread is
         self._finalizer = weakref.finalize(self, self.arena.close)
         self._finalizer.atexit = False
+        if self.spill_directory not in (None, OFF):
+            self.memory.spill = SpillFile.make(self.spill_directory)  # now: a wrong name is told before any work is done
 
     # -- running
 
@@ -141,25 +151,86 @@ class Pool:
             self._require_open()
             if self._worker_pool is None:
                 permit_workers()
+                self.can_spill()  # before workers start, for they inherit the file
                 self._worker_pool = WorkerPool(self.workers, self.arena.fd, self.arena.nbytes, self.memory, self.task_timeout_s)
             return self._worker_pool
 
     # -- memory
 
     def allocate(self, nbytes: int) -> Extent:
-        """Return an extent for an array that is to stay; raise MemoryBudgetError when it would exceed the budget."""
+        """Return an extent for an array that is to stay: in the arena, or in the spill file when that would exceed the budget.
+
+        Raises MemoryBudgetError when it would and there is no spilling, SpillError when the disk is full.
+        """
         self._require_open()
         limit = self.budget.limit_nbytes
+        room = limit - limit // RESERVED_SHARE
         live = self.extents.statistics().live_nbytes
-        if live + nbytes > limit:
+        if live + nbytes > room:
             gc.collect()  # arrays in reference cycles are dead, but not yet gone
             live = self.extents.statistics().live_nbytes
-        if live + nbytes > limit:
-            raise MemoryBudgetError(
-                f"allocating {format_bytes(nbytes)}: {format_bytes(live)} of the {format_bytes(limit)} memory limit are in use. "
-                f"Delete stored arrays, persist smaller pieces, or raise memory_limit."
-            )
-        return self._take(nbytes)
+            if not self.can_spill():
+                room = limit
+        if live + nbytes <= room:
+            return self._take(nbytes)
+        if self.can_spill():
+            return self.allocate_spilled(nbytes)
+        raise MemoryBudgetError(
+            f"allocating {format_bytes(nbytes)}: {format_bytes(live)} of the {format_bytes(limit)} memory limit are in use, and nothing "
+            f"can be spilled: {self._why_no_spill}. Delete stored arrays, persist smaller pieces, raise memory_limit, or set "
+            f"spill_directory to a directory on a disk."
+        )
+
+    def can_spill(self) -> bool:
+        """Return whether there is a spill file; make it on first need."""
+        if self._spill_extents is not None:
+            return True
+        if self._why_no_spill is not None:
+            return False
+        with self._mutex:
+            if self._spill_extents is None and self._why_no_spill is None:
+                try:
+                    self._open_spill()
+                except SpillError as error:
+                    self._why_no_spill = str(error)
+        return self._spill_extents is not None
+
+    def _open_spill(self) -> None:
+        if self.memory.spill is None:
+            if self.spill_directory == OFF:
+                self._why_no_spill = "spill_directory is 'off'"
+                return
+            directory = default_directory()
+            if directory is None:
+                self._why_no_spill = "no temporary directory lies on a disk"
+                return
+            self.memory.spill = SpillFile.make(directory)
+        # Nothing stays warm: what is freed goes back to the disk.
+        self._spill_extents = Extents(self.memory.spill, warm_limit_nbytes=0, segment=SPILL)
+
+    def allocate_spilled(self, nbytes: int) -> Extent:
+        """Return an extent in the spill file, of which every byte is reserved. Raises SpillError."""
+        self._require_open()
+        if not self.can_spill():
+            raise SpillError(f"spilling {format_bytes(nbytes)}: {self._why_no_spill}")
+        extents, file = self._spill_extents, self.memory.spill
+        assert extents is not None and file is not None
+        for is_last in (False, True):
+            extents.drain()
+            extent = extents.allocate(nbytes)
+            try:
+                file.reserve(extent.offset, nbytes)
+                return extent
+            except SpillError:
+                extent.free()
+                extents.drain()  # gives back what was reserved before the disk was full
+                if is_last:
+                    raise
+                gc.collect()  # arrays in reference cycles
+            except BaseException:
+                extent.free()
+                raise
+        raise AssertionError
 
     def _take(self, nbytes: int) -> Extent:
         try:
@@ -183,10 +254,12 @@ class Pool:
         return extent
 
     def free_temporary(self, extent: Extent) -> None:
-        """Take back what `allocate_temporary` gave."""
+        """Take back what `allocate_temporary` or `allocate_spilled` gave."""
         with self._mutex:
             extent.free()
             self._temporaries.discard(extent.identity)
+        if extent.extents is not self.extents:
+            extent.extents.drain()  # the disk has it back now, not when something else is spilled
 
     def keep_temporary(self, extent: Extent) -> Extent:
         """Let the holder of a temporary have it for good; return it."""
@@ -199,7 +272,7 @@ class Pool:
 
         Half of what is free goes to one plan at most, unless it needs more: room beyond the peak lets layers overlap.
         """
-        total = sum(b.nbytes for b in plan.buffers if b.address is None)
+        total = sum(b.room_nbytes for b in plan.buffers if b.address is None)
         scratch = plan.scratch_nbytes * max(1, self.workers)
         if not total and not scratch:
             return None, None
@@ -221,10 +294,17 @@ class Pool:
                     nbytes = min(total, max(peak, free // 2 - scratch))
                     room = Room(nbytes + scratch)
                     self._rooms.append(weakref.ref(room))
+                    self._keep_within_limit()
                     return nbytes, room
                 wake.acquire(blocking=False)
                 self._waiting.add(wake)
             wake.acquire(timeout=LOOK_AGAIN_S)
+
+    def _keep_within_limit(self) -> None:
+        """Give warm memory back where what is stored and reserved leaves no room for it."""
+        excess = self._stored_nbytes() + self._reserved_nbytes() + self.extents.statistics().warm_nbytes - self.budget.limit_nbytes
+        if excess > 0:
+            self.extents.trim(max(0, self.extents.statistics().warm_nbytes - excess))
 
     def leave(self, room: Room) -> None:
         """Give back what `admit` reserved; calling it again does nothing."""
@@ -239,6 +319,11 @@ class Pool:
             if wake.locked():
                 wake.release()
 
+    def free_nbytes(self) -> int:
+        """Return what stored arrays leave of the budget to plans, whatever runs now."""
+        with self._mutex:
+            return self.budget.limit_nbytes - self._stored_nbytes()
+
     def _reserved_nbytes(self) -> int:
         return sum(room.nbytes for ref in self._rooms if (room := ref()) is not None)
 
@@ -252,11 +337,12 @@ class Pool:
         layer = plan.layers[where]
         line = f" (built at {layer.line})" if layer.line else ""
         limit = self.budget.limit_nbytes
+        spill = "" if self.can_spill() else f" Nothing can be spilled ({self._why_no_spill}): set spill_directory to a directory on a disk."
         return MemoryBudgetError(
             f"running {layer.name!r}{line} needs {format_bytes(peak + scratch)} at its peak: {format_bytes(peak)} of temporaries "
             f"and {format_bytes(scratch)} of scratch for {max(1, self.workers)} workers; {format_bytes(max(0, available))} of "
             f"the {format_bytes(limit)} memory limit are free. Use smaller chunks, persist the pieces one by one, delete "
-            f"stored arrays, or raise memory_limit."
+            f"stored arrays, or raise memory_limit.{spill}"
         )
 
     # -- life
@@ -280,6 +366,8 @@ class Pool:
             workers = self._worker_pool
         if workers is not None:
             workers.close()
+        if self.memory.spill is not None:
+            self.memory.spill.close()
         self._finalizer()
 
     def __enter__(self) -> Pool:
@@ -310,11 +398,14 @@ class Pool:
             temporary_nbytes=temporary_nbytes,
             warm_nbytes=extents.warm_nbytes,
             peak_nbytes=extents.peak_nbytes,
+            spilled_nbytes=self._spill_extents.statistics().live_nbytes if self._spill_extents is not None else 0,
         )
 
     def check(self) -> None:
         """Assert what must hold while no plan runs."""
         self.extents.check()
+        if self._spill_extents is not None:
+            self._spill_extents.check()
         assert self._reserved_nbytes() == 0, self._reserved_nbytes()
         assert self._temporary_nbytes() == 0, self._temporary_nbytes()
 

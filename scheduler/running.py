@@ -23,7 +23,7 @@ from scheduler.state import (
     SendRange,
     Submitted,
 )
-from scheduler.task import ARENA, Address, Outcome, Plan, Progress, Report
+from scheduler.task import Address, Outcome, Plan, Progress, Report
 from scheduler.worker import TaskContext, annotate, contain, settled, unpack_error
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class Host(Protocol):
 
     def allocate_temporary(self, nbytes: int) -> Extent: ...
 
+    def allocate_spilled(self, nbytes: int) -> Extent: ...
+
     def free_temporary(self, extent: Extent) -> None: ...
 
     def keep_temporary(self, extent: Extent) -> Extent: ...
@@ -139,7 +141,7 @@ class Running:
         self.warnings: dict[tuple[str, str, str], None] = {}
         self.addresses: dict[int, Address] = {i: b.address for i, b in enumerate(plan.buffers) if b.address is not None}
         self.temporaries: dict[int, Extent] = dict(plan.progress.temporaries) if plan.progress else {}
-        self.addresses.update({buffer: Address(ARENA, extent.offset) for buffer, extent in self.temporaries.items()})
+        self.addresses.update({buffer: extent.address for buffer, extent in self.temporaries.items()})
         # Locks before room: who waits for room holds its locks, who has room waits for nothing. The other way round two
         # plans could wait for each other.
         self.hold: Hold | None = host.locks.acquire(plan.locks) if plan.locks else None
@@ -161,9 +163,11 @@ class Running:
         layer = self.plan.layers[index]
         for buffer in (*layer.reads, *layer.writes):
             if buffer not in self.addresses:
-                extent = self.host.allocate_temporary(self.plan.buffers[buffer].nbytes)
+                wanted = self.plan.buffers[buffer]
+                allocate = self.host.allocate_spilled if wanted.is_spilled else self.host.allocate_temporary
+                extent = allocate(wanted.nbytes)
                 self.temporaries[buffer] = extent
-                self.addresses[buffer] = Address(ARENA, extent.offset)
+                self.addresses[buffer] = extent.address
 
     def buffer_done(self, buffer: int) -> None:
         self.host.free_temporary(self.temporaries.pop(buffer))

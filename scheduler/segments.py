@@ -1,7 +1,8 @@
-"""Memory that several processes reach: the pool's arena, and the driver's private memory read and written from outside.
+"""Memory that several processes reach: the pool's arena, the driver's private memory read and written from outside, the spill file.
 
 Promises: an `Address` resolves, in any process of a pool, to a NumPy array over the very bytes (arena, or the driver's own
-memory in the driver) or to a `Remote`, which copies boxes of the driver's memory with one system call and no page faults here.
+memory in the driver) or to a `Remote`, which copies boxes of the driver's memory, with one system call and no page faults here, or
+of the spill file.
 Relies on Linux: memfd, seals, process_vm_readv. Where there is no memfd the arena is anonymous memory of this process.
 Never put here: who owns which bytes (`extents`), who may touch them now (`locks`).
 
@@ -9,6 +10,7 @@ Never put here: who owns which bytes (`extents`), who may touch them now (`locks
     +-----------------+         +-----------------------------+         +-----------------+
     | mapping --------+-------> | extent | hole | extent | ... | <-------+-- mapping       |
     | private ndarray <---------+------- process_vm_readv/writev ---------+-- scratch       |
+    | scratch --------+-------> +--- spill file: pread, pwrite ---+ <-----+-- scratch       |
     +-----------------+         +-----------------------------+         +-----------------+
 """
 
@@ -28,7 +30,8 @@ import numpy as np
 import psutil
 
 from scheduler.errors import SharedMemoryError, UnreachableMemory
-from scheduler.task import ARENA, DRIVER, Address
+from scheduler.spill import SpillFile
+from scheduler.task import ARENA, DRIVER, SPILL, Address
 
 __all__ = ["Arena", "Memory", "Remote", "permit_workers"]
 
@@ -38,6 +41,9 @@ LARGEST_ARENA_NBYTES = 1 << 40  # mapping 1 TiB costs 16 us
 NO_PROCESS_VM = "SHMARRAY_NO_PROCESS_VM"  # an environment variable: behave as where the kernel refuses, for tests and doubts
 MOST_VECTORS = 1024  # IOV_MAX on Linux
 WIDEST_INNER_STRIDE = 8  # items: up to here reading the gaps too is cheaper than a vector per item
+WIDEST_GAP_NBYTES = 8 << 10  # of a file: copying two pages of the cache takes less time than a call
+LONGEST_RUN_NBYTES = 64 << 10  # of runs that are read with what is between them: beyond, a call costs less than copying twice
+READ_AT_ONCE_NBYTES = 1 << 20  # of runs and the gaps between them
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _F_ADD_SEALS, _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1033, 1, 2, 4
@@ -147,12 +153,13 @@ os.register_at_fork(after_in_child=_make_arenas_private)
 
 
 class Memory:
-    """One process's reach: the arena it has mapped, and the driver's memory (its own, when it is the driver)."""
+    """One process's reach: the arena it has mapped, the driver's memory (its own, when it is the driver), the spill file."""
 
-    def __init__(self, arena: np.ndarray[Any, np.dtype[np.uint8]], driver: int | None = None) -> None:
+    def __init__(self, arena: np.ndarray[Any, np.dtype[np.uint8]], driver: int | None = None, spill: SpillFile | None = None) -> None:
         self.arena = arena
         self.start = int(arena.ctypes.data)  # of the arena, in this process
         self.driver = driver  # pid; None in the driver itself
+        self.spill = spill  # in the driver set when the file is made: before any address in it is known
 
     def window(
         self, address: Address, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
@@ -161,9 +168,12 @@ class Memory:
         start = address.offset + offset
         if address.segment == ARENA:
             return np.ndarray(shape, dtype, self.arena, start, strides)
+        if address.segment == SPILL:
+            assert self.spill is not None, address
+            return _Spilled(self.spill, start, shape, strides, dtype)
         assert address.segment == DRIVER, address
         if self.driver is not None:
-            return Remote(self.driver, start, shape, strides, dtype)
+            return _OfDriver(self.driver, start, shape, strides, dtype)
         return _array_at(start, shape, strides, dtype)
 
 
@@ -176,12 +186,12 @@ def _array_at(start: int, shape: tuple[int, ...], strides: tuple[int, ...], dtyp
 
 
 class Remote:
-    """A strided array in the driver's private memory, seen from a worker: boxes of it are copied, never mapped."""
+    """A strided array that is not mapped here: boxes of it are copied. `_move` says how."""
 
-    __slots__ = ("dtype", "pid", "shape", "start", "strides")
+    __slots__ = ("dtype", "home", "shape", "start", "strides")
 
-    def __init__(self, pid: int, start: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.pid = pid
+    def __init__(self, home: Any, start: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.home = home  # where it lies: for `_move`
         self.start = start
         self.shape = shape
         self.strides = strides
@@ -194,7 +204,7 @@ class Remote:
         for piece, stride in zip(box, self.strides, strict=True):
             start += piece.start * stride
             shape.append(piece.stop - piece.start)
-        return Remote(self.pid, start, tuple(shape), self.strides, self.dtype)
+        return type(self)(self.home, start, tuple(shape), self.strides, self.dtype)
 
     def nbytes_with_gaps(self) -> int:
         """Return the bytes of scratch that `read` may need."""
@@ -206,6 +216,8 @@ class Remote:
 
     def read(self, scratch: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
         """Return a copy, in ``scratch`` (uint8, large enough) when given. Broadcast axes are read once."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
         start, axes, gaps = self._layout()
         itemsize = self.dtype.itemsize
         gap = gaps[-1] if gaps else itemsize
@@ -221,7 +233,7 @@ class Remote:
         block = np.ndarray(fetched, self.dtype, scratch)
         if nbytes:
             inner = itemsize if wide > 1 else gap
-            self._transfer("process_vm_readv", block, start, fetched, (*gaps[:-1], inner) if axes else ())
+            self._transfer(block, start, fetched, (*gaps[:-1], inner) if axes else (), is_write=False)
         return self._restore(block[..., ::wide] if axes else block, axes)
 
     def write(self, block: np.ndarray[Any, np.dtype[Any]]) -> None:
@@ -231,7 +243,7 @@ class Remote:
         ordered = block[flipped].transpose([*axes, *(a for a in range(block.ndim) if a not in axes)])
         ordered = np.ascontiguousarray(ordered).reshape([self.shape[a] for a in axes])
         if ordered.nbytes:
-            self._transfer("process_vm_writev", ordered, start, ordered.shape, gaps)
+            self._transfer(ordered, start, ordered.shape, gaps, is_write=True)
 
     def _layout(self) -> tuple[int, list[int], tuple[int, ...]]:
         """Return the lowest address, the axes that move in memory from the widest stride to the narrowest, their strides."""
@@ -251,16 +263,36 @@ class Remote:
         ]
         return np.broadcast_to(block, self.shape) if block.shape != self.shape else block
 
-    def _transfer(self, call: str, block: np.ndarray[Any, Any], start: int, shape: tuple[int, ...], gaps: Sequence[int]) -> None:
-        """Move ``block`` (contiguous) from or to the strided bytes at ``start`` with as few vectors as there are runs."""
+    def _transfer(self, block: np.ndarray[Any, Any], start: int, shape: tuple[int, ...], gaps: Sequence[int], *, is_write: bool) -> None:
+        """Move ``block`` (contiguous) from or to the strided bytes at ``start`` in as few runs as there are."""
         counts, gaps = list(shape), list(gaps)
         run = self.dtype.itemsize
         while counts and gaps[-1] == run:  # axes that continue each other are one run
             run *= counts.pop()
             gaps.pop()
-        starts = np.array([start], np.int64)
-        for count, gap in zip(counts, gaps, strict=True):
-            starts = (starts[:, None] + np.arange(count, dtype=np.int64) * gap).ravel()
+        self._move(block, start, counts, gaps, run, is_write)
+
+    def _move(self, block: np.ndarray[Any, Any], start: int, counts: list[int], gaps: list[int], run: int, is_write: bool) -> None:
+        """Copy runs of ``run`` bytes, which lie ``counts`` times ``gaps`` apart from ``start`` on, to ``block``, or from it."""
+        raise NotImplementedError
+
+
+def _starts(start: int, counts: Sequence[int], gaps: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return where each run begins."""
+    starts = np.array([start], np.int64)
+    for count, gap in zip(counts, gaps, strict=True):
+        starts = (starts[:, None] + np.arange(count, dtype=np.int64) * gap).ravel()
+    return starts
+
+
+class _OfDriver(Remote):
+    """In the driver's private memory (``home``: its pid), seen from a worker."""
+
+    __slots__ = ()
+
+    def _move(self, block: np.ndarray[Any, Any], start: int, counts: list[int], gaps: list[int], run: int, is_write: bool) -> None:
+        call = "process_vm_writev" if is_write else "process_vm_readv"
+        starts = _starts(start, counts, gaps)
         vectors = np.empty((len(starts), 2), np.int64)
         vectors[:, 0] = starts
         vectors[:, 1] = run
@@ -278,7 +310,7 @@ class Remote:
                 local[0], local[1] = at + done, nbytes - done
                 rest = _skip(some, done, run)
                 moved = function(
-                    ctypes.c_int(self.pid),
+                    ctypes.c_int(self.home),
                     ctypes.byref(local),
                     ctypes.c_ulong(1),
                     ctypes.c_void_p(int(rest.ctypes.data)),
@@ -288,9 +320,45 @@ class Remote:
                 if moved <= 0:
                     code = ctypes.get_errno()
                     kind = UnreachableMemory if code in (errno.EPERM, errno.ENOSYS, errno.EACCES) else SharedMemoryError
-                    raise kind(f"{call} of {nbytes} bytes at {start:#x} of process {self.pid} failed after {done}: {os.strerror(code)}")
+                    raise kind(f"{call} of {nbytes} bytes at {start:#x} of process {self.home} failed after {done}: {os.strerror(code)}")
                 done += moved
             at += nbytes
+
+
+class _Spilled(Remote):
+    """In the spill file (``home``)."""
+
+    __slots__ = ()
+
+    def _move(self, block: np.ndarray[Any, Any], start: int, counts: list[int], gaps: list[int], run: int, is_write: bool) -> None:
+        file: SpillFile = self.home
+        flat = block.reshape(-1).view(type_u8)
+        if is_write:
+            starts = _starts(start, counts, gaps).tolist()
+            part = memoryview(flat)  # type: ignore[arg-type]  # the stubs do not know that arrays are buffers
+            for number, offset in enumerate(starts):
+                file.write_from(part[number * run : (number + 1) * run], offset)
+            if run >= LONGEST_RUN_NBYTES or len(starts) == 1:  # else neighbours will write the rest of these pages: they must stay
+                file.written([(offset, offset + run) for offset in starts])
+            return
+        if counts and run <= LONGEST_RUN_NBYTES and gaps[-1] - run <= WIDEST_GAP_NBYTES:
+            self._read_across(flat, _starts(start, counts[:-1], gaps[:-1]).tolist(), counts[-1], gaps[-1], run)
+            return
+        into = memoryview(flat)  # type: ignore[arg-type]  # as above
+        for number, offset in enumerate(_starts(start, counts, gaps).tolist()):
+            file.read_into(into[number * run : (number + 1) * run], offset)
+
+    def _read_across(self, flat: np.ndarray[Any, Any], starts: list[int], count: int, gap: int, run: int) -> None:
+        """Read runs that lie so close together that reading what is between them costs less than a call for each."""
+        rows = flat.reshape(len(starts), count, run)
+        at_once = min(count, max(1, READ_AT_ONCE_NBYTES // gap))
+        scratch = np.empty((at_once - 1) * gap + run, type_u8)
+        for row, offset in zip(rows, starts, strict=True):
+            for low in range(0, count, at_once):
+                n = min(at_once, count - low)
+                part = scratch[: (n - 1) * gap + run]
+                self.home.read_into(memoryview(part), offset + low * gap)  # type: ignore[arg-type]  # as above
+                row[low : low + n] = np.ndarray((n, run), type_u8, part, 0, (gap, 1))
 
 
 def _skip(vectors: np.ndarray[Any, Any], done: int, run: int) -> np.ndarray[Any, Any]:

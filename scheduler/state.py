@@ -401,7 +401,7 @@ class _PlanState:
         for state in self.layers if event.finished else ():
             if state.is_opened:
                 self.live |= self.temporaries(state.layer) & set(self.buffer_users)
-        self.live_nbytes = sum(plan.buffers[b].nbytes for b in self.live)
+        self.live_nbytes = sum(plan.buffers[b].room_nbytes for b in self.live)
 
     def _resume(self, event: Submitted) -> None:
         """Enter what an earlier run has done."""
@@ -565,7 +565,7 @@ class _PlanState:
 
     def _needed_nbytes(self, index: int) -> int:
         wanted = self.temporaries(self.layers[index].layer) - self.live
-        return sum(self.plan.buffers[b].nbytes for b in wanted)
+        return sum(self.plan.buffers[b].room_nbytes for b in wanted)
 
     def _open(self, state: _LayerState, nslots: int, commands: list[Command]) -> None:
         self._fresh_list(state.layer).remove(state.index)
@@ -604,7 +604,7 @@ class _PlanState:
                 self.buffer_users[buffer] -= 1
                 if not self.buffer_users[buffer]:
                     self.live.discard(buffer)
-                    self.live_nbytes -= self.plan.buffers[buffer].nbytes
+                    self.live_nbytes -= self.plan.buffers[buffer].room_nbytes
                     commands.append(BufferDone(self.plan_id, buffer))
 
     def give_back(self, state: _LayerState, start: int, stop: int) -> None:
@@ -919,7 +919,7 @@ class State:
         assert unfinished == plan.unfinished_layers
         assert users == {b: n for b, n in plan.buffer_users.items() if n}
         assert plan.live == {b for b in live if plan.buffer_users.get(b)}
-        assert plan.live_nbytes == sum(plan.plan.buffers[b].nbytes for b in plan.live)
+        assert plan.live_nbytes == sum(plan.plan.buffers[b].room_nbytes for b in plan.live)
 
 
 def _where(layer: _LayerState, task: int) -> str:

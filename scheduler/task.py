@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ARENA",
     "DRIVER",
+    "SPILL",
     "Address",
     "Buffer",
     "Context",
@@ -33,6 +34,7 @@ __all__ = [
 
 ARENA = 0  # offset counts from the start of the pool's arena
 DRIVER = 1  # offset is an address in the driver's private memory
+SPILL = 2  # offset counts from the start of the pool's spill file
 
 
 class Address(NamedTuple):
@@ -46,12 +48,18 @@ class Address(NamedTuple):
 class Buffer:
     """One contiguous piece of memory that layers read or write.
 
-    ``address`` None: a temporary, which the run allocates in the arena when the first layer that writes it opens, and
-    frees when the last layer that reads it has finished.
+    ``address`` None: a temporary, which the run allocates when the first layer that writes it opens, and frees when the last
+    layer that reads it has finished: in the arena, or, ``is_spilled``, in the spill file.
     """
 
     nbytes: int
     address: Address | None = None
+    is_spilled: bool = False
+
+    @property
+    def room_nbytes(self) -> int:
+        """The bytes of memory it takes as a temporary."""
+        return 0 if self.is_spilled else self.nbytes
 
 
 class Context(Protocol):
@@ -205,6 +213,15 @@ class Plan:
                     last[buffer] = position
         return last
 
+    def first_writers(self) -> dict[int, int]:
+        """Return, per temporary buffer, the first layer that touches it: there it is allocated."""
+        first: dict[int, int] = {}
+        for position, layer in enumerate(self.layers):
+            for buffer in (*layer.reads, *layer.writes):
+                if self.buffers[buffer].address is None:
+                    first.setdefault(buffer, position)
+        return first
+
     def peak_nbytes(self) -> tuple[int, int]:
         """Return the most bytes of temporaries that live at once, layer after layer, and the layer where that is."""
         last = self.last_readers()
@@ -212,7 +229,7 @@ class Plan:
         peak, where = 0, 0
         for position, layer in enumerate(self.layers):
             live.update(b for b in (*layer.reads, *layer.writes) if b in last)
-            nbytes = sum(self.buffers[b].nbytes for b in live)
+            nbytes = sum(self.buffers[b].room_nbytes for b in live)
             if nbytes > peak:
                 peak, where = nbytes, position
             live = {b for b in live if last[b] > position}

@@ -48,6 +48,7 @@ import numpy as np
 from scheduler.errors import TaskError
 from scheduler.redo import NOT_BEGUN, SLOT_NBYTES, Redo, pack
 from scheduler.segments import Memory
+from scheduler.spill import SpillFile
 from scheduler.task import Address, Layer
 
 __all__ = ["CANCEL_WORDS", "IN_WORKER", "KernelCache", "TaskContext", "annotate", "control_nbytes", "digest_of", "main"]
@@ -448,10 +449,10 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Be a worker: ``arguments`` are descriptors (socket, life, arena, control, stderr), the driver's pid, and the slot."""
+    """Be a worker: ``arguments`` are descriptors (socket, life, arena, control, stderr, spill or -1), the driver's pid, and the slot."""
     global IN_WORKER
     IN_WORKER = True
-    link_fd, _life, arena_fd, control_fd, stderr, driver, slot = map(int, arguments)
+    link_fd, _life, arena_fd, control_fd, stderr, spill_fd, driver, slot = map(int, arguments)
     if os.getppid() != driver:  # it died before it could `tie` us to its end
         os._exit(1)
     os.register_at_fork(after_in_child=lambda: _forked.append(True))
@@ -465,7 +466,7 @@ def main(arguments: Sequence[str]) -> None:
     hello = process.receive()
     if hello is None:
         return
-    _, slots, arena_nbytes, path, directory, environment = hello
+    _, slots, arena_nbytes, path, directory, environment, spill_directory = hello
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
@@ -476,7 +477,11 @@ def main(arguments: Sequence[str]) -> None:
     process.move_to(path, directory)
     arena = mmap.mmap(arena_fd, arena_nbytes, flags=mmap.MAP_SHARED)
     os.close(arena_fd)
-    process.memory = Memory(np.frombuffer(arena, np.uint8), driver=driver)
+    spill = None
+    if spill_fd >= 0:
+        os.set_inheritable(spill_fd, False)  # programs that tasks start have no business with it
+        spill = SpillFile(spill_fd, spill_directory)
+    process.memory = Memory(np.frombuffer(arena, np.uint8), driver=driver, spill=spill)
     process.send(("hello", os.getpid(), np.__version__))
     # Up to here stderr was a memory file in which the driver finds why a start failed; from here it is the user's.
     sys.stderr.flush()

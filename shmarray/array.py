@@ -161,7 +161,7 @@ class Array(Handle):
 
     def __repr__(self) -> str:
         if self._storage is not None:
-            state = "stored"
+            state = "stored on disk" if self._storage.is_spilled else "stored"
         else:
             pending = sum(1 for n in postorder([self.node]) if n.inputs)
             state = f"{pending} operation{'s' * (pending != 1)} pending"
@@ -194,6 +194,9 @@ class Array(Handle):
             raise TypeError(f"Cannot cast output from {self.dtype!r} to {out.dtype!r} with casting rule 'same_kind'")
         if isinstance(out, Array):
             out._overwrite(self.node, scheduler)
+        elif running.goes_straight(self.node, out):
+            node = elementwise.astype(wrap(self.node), out.dtype).node
+            running.run([node], [Target(out.shape, out.dtype, array=out)], scheduler)
         else:
             np.copyto(out, running.values_of(self, scheduler), casting="same_kind")
 
@@ -235,6 +238,8 @@ class Array(Handle):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
         if copy is False and self._storage is None:
             raise ValueError("an expression has no memory to give without computing: np.asarray(x, copy=False) needs a stored array")
+        if copy is False and self._storage is not None and self._storage.is_spilled:
+            raise ValueError(f"np.asarray(x, copy=False) of an array of shape {self.shape} in the spill file: its bytes have to be copied")
         if copy is False and dtype is not None and np.dtype(dtype) != self.dtype:
             raise ValueError(f"np.asarray(x, {np.dtype(dtype)}, copy=False) of an array of {self.dtype}: another dtype needs a copy")
         values = running.values_of(self)
@@ -333,9 +338,10 @@ class Array(Handle):
 
         ``mode`` "w": one writer and nobody else; "r": readers together, the view is read-only. Others that touch these cells,
         computations as well, wait meanwhile; this thread does not wait for itself. While a writer is inside, the array's values
-        are copies, not views. Do not use the view after the block. ``accept_torn``: take chunks that an update left half written as they
-        are; after a block in mode "w" that raises nothing they count as whole. Raises IndexError when there is no such chunk, TypeError
-        for an expression, TimeoutError after ``timeout`` seconds, TornChunkError.
+        are copies, not views. Of an array in the spill file it is a copy, which is written back at the end of the block. Do not use
+        the view after the block. ``accept_torn``: take chunks that an update left half written as they are; after a block in mode "w"
+        that raises nothing they count as whole. Raises IndexError when there is no such chunk, TypeError for an expression,
+        TimeoutError after ``timeout`` seconds, TornChunkError.
         """
         if mode not in ("r", "w"):
             raise ValueError(f"lock(mode={mode!r}): the mode is 'r' to read or 'w' to write")
@@ -351,9 +357,13 @@ class Array(Handle):
             if mode == "w":
                 storage.begin_write()
             try:
-                view, _extent = storage.window(layout)
+                view, held = storage.window(layout)
                 view.flags.writeable = mode == "w"
-                yield view
+                try:
+                    yield view
+                finally:
+                    if mode == "w":
+                        storage.put_back(layout, view, held)
                 if mode == "w":
                     storage.mend(layout)
             finally:

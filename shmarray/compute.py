@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from scheduler.errors import UnreachableMemory
+from scheduler.limits import format_bytes
 from scheduler.run import Pool, configure_default, default_pool
 from scheduler.task import Address, Outcome, Plan, Progress, Report
 from shmarray.chunks import Chunks, default_chunks
 from shmarray.config import config
-from shmarray.errors import ChangedInput, PartialUpdateError, cut_short
+from shmarray.errors import ChangedInput, MemoryBudgetError, PartialUpdateError, cut_short
 from shmarray.expr import Elementwise, Expr, InMemory, Stored, line_of, make, postorder, user_line
 from shmarray.fuse import is_zero
 from shmarray.handle import Handle, in_memory, wrap_stored
@@ -34,7 +35,7 @@ from shmarray.plan import Target
 from shmarray.storage import Layout, Storage
 from shmarray.templates import plan_for
 
-__all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
+__all__ = ["compute", "current_pool", "goes_straight", "persist", "plan_of", "values_of", "write"]
 
 NDArray = np.ndarray[Any, Any]
 _log = logging.getLogger("shmarray")
@@ -88,9 +89,30 @@ def _layout(x: Handle) -> Layout:
 
 
 def _fresh(nodes: Sequence[Expr], scheduler: str | None) -> list[NDArray]:
+    nbytes = sum(math.prod(node.shape) * node.dtype.itemsize for node in nodes)
+    if nbytes:
+        _check_result(nbytes, [node.shape for node in nodes])
     targets = [Target(node.shape, node.dtype) for node in nodes]
     run(nodes, targets, scheduler)
     return [np.empty(t.shape, t.dtype) if t.array is None else t.array for t in targets]
+
+
+def _check_result(nbytes: int, shapes: list[tuple[int, ...]]) -> None:
+    """Raise MemoryBudgetError for NumPy results that are larger than all the memory there may be."""
+    limit = current_pool().budget.limit_nbytes
+    if nbytes > limit:
+        raise MemoryBudgetError(
+            f"computing {format_bytes(nbytes)} of NumPy arrays, of shape {', '.join(map(str, shapes[:3]))}{', ...' * (len(shapes) > 3)}: "
+            f"the memory limit is {format_bytes(limit)}. persist() it, which may lie in the spill file, give compute() a stored or NumPy "
+            f"array as out=, compute parts or reductions of it, or raise memory_limit."
+        )
+
+
+def goes_straight(node: Expr, out: NDArray) -> bool:
+    """Return whether ``node`` has to be computed straight into ``out``, for want of memory for a result beside it, and can be."""
+    if math.prod(node.shape) * node.dtype.itemsize <= current_pool().budget.limit_nbytes or not out.flags.writeable:
+        return False
+    return not builtins.any(np.may_share_memory(n.held.array, out) for n in postorder([node]) if isinstance(n, InMemory))
 
 
 def persist(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
@@ -109,7 +131,7 @@ def new_stored(values: NDArray, chunks: Chunks) -> Any:
     """Return a stored copy of a NumPy array."""
     storage = Storage(current_pool(), values.shape, values.dtype, chunks)
     if values.nbytes < 1 << 22:
-        np.copyto(storage.array(storage.layout), values)
+        storage.fill(storage.layout, values)
     else:
         run(
             [in_memory(values)],
@@ -148,8 +170,11 @@ def run(
     pairs = [(n, t) for n, t in zip(nodes, targets, strict=True) if math.prod(t.shape)]
     if not pairs:
         return
-    pool = pool or current_pool()
     stored = [node for node in postorder(n for n, _ in pairs) if isinstance(node, Stored)]
+    places = [*(node.storage for node in stored), *(target.storage for _, target in pairs if target.storage is not None)]
+    homes = {place.pool for place in places if place.is_spilled}
+    # Only the workers of its own pool reach a spill file.
+    pool = homes.pop() if len(homes) == 1 else pool or current_pool()
     requests = [request for node in stored for request in node.storage.requests(_where(node), "r")]
     for _, target in pairs:
         if target.storage is not None and target.layout is not None:
@@ -255,11 +280,11 @@ class _Run:
             if isinstance(node, InMemory):
                 values = node.held.array
             elif isinstance(node, Stored) and node.storage.pool is not pool:
-                values = node.storage.array(_where(node))
+                values = node.storage.read(_where(node))
             else:
                 continue
             copy = Storage(pool, node.shape, node.dtype, default_chunks(node.shape, node.dtype))
-            np.copyto(copy.array(copy.layout), values)
+            copy.fill(copy.layout, values)
             new[node] = make(Stored, node.shape, node.dtype, copy, 0, copy.layout.strides, copy.version)
         targets = []
         for _, target in pairs:
@@ -274,9 +299,11 @@ class _Run:
             if staged is target:
                 continue
             assert staged.storage is not None and staged.layout is not None
-            final = target.array if target.storage is None else target.storage.array(target.layout or staged.layout)
-            assert final is not None
-            np.copyto(final, staged.storage.array(staged.layout))
+            if target.storage is not None and target.layout is not None:
+                target.storage.fill(target.layout, staged.storage.read(staged.layout))
+            else:
+                assert target.array is not None
+                np.copyto(target.array, staged.storage.read(staged.layout))
         return report
 
     def _rest(self) -> Report:
@@ -312,7 +339,8 @@ class _Run:
         if damage.torn:
             first = ", ".join(str(storage.cell_index(cell)) for cell in sorted(damage.torn)[:3])
             counts += f", {len(damage.torn)} some of each ({first}{', ...' if len(damage.torn) > 3 else ''})"
-        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        said = str(error).rstrip(".")
+        what = f"{type(error).__name__}: {said}" if said else type(error).__name__
         at = f" at {self.line}" if self.line else ""
         advice = "resume() of this error does the rest" if damage.is_known else "it may still be running, in the background"
         begun = f"the update of the stored array of shape {storage.shape}{at} was cut short by {what}"

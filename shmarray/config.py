@@ -78,7 +78,7 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "workers": None,  # the processors this process may use
         "memory_limit": None,  # 60 % of what is available
-        "spill_directory": None,
+        "spill_directory": None,  # the first temporary directory that lies on a disk
         "chunk_size": 16 * 2**20,
         "scheduler": None,  # tiny work in this process, the rest in worker processes
         "engine": "auto",  # compiled kernels where the work pays for compiling
@@ -96,7 +96,7 @@ class Config:
     =================== ===================== =====================================================================
     workers             processors            worker processes of the default pool
     memory_limit        60 % of what is there memory of the default pool, in bytes or as "8 GiB"
-    spill_directory     none                  where a pool may spill
+    spill_directory     a temporary one       where a pool puts what exceeds its memory; "off": nowhere
     chunk_size          16 MiB                of chunks made by ``chunks="auto"``
     scheduler           by size of the work   "processes", "threads" or "synchronous"
     engine              "auto"                "auto", "llvm" or "numpy": which kernels are compiled

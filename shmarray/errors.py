@@ -13,6 +13,7 @@ from scheduler.errors import (
     MemoryBudgetError,
     PoolClosed,
     SharedMemoryError,
+    SpillError,
     TaskError,
     TornChunkError,
     WorkerDied,
@@ -27,6 +28,7 @@ __all__ = [
     "PartialUpdateError",
     "PoolClosed",
     "SharedMemoryError",
+    "SpillError",
     "TaskError",
     "TornChunkError",
     "WorkerDied",
@@ -75,9 +77,13 @@ def cut_short(error: BaseException, message: str) -> PartialUpdateError:
     for kind in (type(error), Exception):
         try:
             both = _both(kind)
-            found = both.__new__(both, message)
+            make = OSError.__new__ if issubclass(kind, OSError) else both.__new__  # a class of two builtin ones knows the first only
+            found: PartialUpdateError = make(both, message)
             found.args = (message,)
-            found.__dict__.update(error.__dict__ if kind is type(error) else {})
+            if kind is type(error):
+                found.__dict__.update(error.__dict__)
+                if isinstance(error, OSError):
+                    found.errno, found.strerror = error.errno, error.strerror  # type: ignore[attr-defined]  # it is one, too
         except Exception:
             continue  # a class that cannot be derived from, or made without more
         return found

@@ -103,12 +103,15 @@ class _Writer:
         written = sum(self._nbytes(layer.stores) for layer in layers)
         peak, where = plan.peak_nbytes()
         ntasks = sum(layer.ntasks for layer in plan.layers)
+        spilled = sum(b.nbytes for b in plan.buffers if b.is_spilled)
         temporaries = f"at most {format_bytes(peak)} of temporaries, in layer {where + 1}" if peak else "no temporaries"
         lines = [
             ("plan", f"{_count(len(layers), 'layer')}, {_count(ntasks, 'task')}, engine {config.engine!r}"),
             ("bytes", f"{format_bytes(read)} read, {format_bytes(written)} written"),
             ("memory", f"{temporaries}; {format_bytes(plan.scratch_nbytes)} of scratch per worker"),
         ]
+        if spilled:
+            lines.append(("", f"{format_bytes(spilled)} of temporaries do not fit the memory limit: they go to the spill file"))
         if not pool.is_driver_reachable:
             lines.append(("", "workers may not reach this process's memory: it is copied through the pool's"))
         return lines

@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from scheduler.results import result_memory
-from scheduler.run import Pool
-from scheduler.task import DRIVER, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
+from scheduler.run import RESERVED_SHARE, Pool
+from scheduler.task import ARENA, DRIVER, SPILL, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
 from shmarray.engines import engine_for, why_not_compiled
 from shmarray.expr import (
     Assemble,
@@ -43,15 +43,15 @@ from shmarray.expr import (
     postorder,
 )
 from shmarray.fuse import ProgramWriter, broadcast_operand, crossing_axes, is_leaf, memory_order
-from shmarray.kernels.numpy import MapKernel
+from shmarray.kernels.numpy import MOST_STAGED_ITEMS, MapKernel
 from shmarray.kernels.program import NO_BUFFER, Load, Operand, Program, Register, Source, Store
 from shmarray.kernels.reduce import FinishKernel, ReduceKernel, ReduceSpec
 from shmarray.kernels.scan import CarryKernel, ScanKernel
 from shmarray.kernels.sources import BlockKernel, BlockSource, ForeignSource, Piece, PiecesSource
 from shmarray.ops.reductions_table import REDUCTIONS
-from shmarray.optimise import optimise, weight_below
+from shmarray.optimise import Optimised, optimise, weight_below
 from shmarray.passes import Division, Making, Pass, divide, inside, source_edges
-from shmarray.region import IndexMap, c_strides
+from shmarray.region import Box, IndexMap, c_strides
 from shmarray.storage import Layout, Storage
 from shmarray.tiles import (
     BLOCK_ITEMS,
@@ -68,10 +68,25 @@ from shmarray.tiles import (
     walked_grid,
 )
 
-__all__ = ["Bindings", "LayerOutline", "Outline", "Space", "Target", "buffer_of", "build_plan", "lock_requests", "make_result", "outline"]
+__all__ = [
+    "ANY_ROOM",
+    "Bindings",
+    "LayerOutline",
+    "Outline",
+    "Space",
+    "Target",
+    "buffer_of",
+    "build_plan",
+    "lock_requests",
+    "make_result",
+    "outline",
+]
 
 Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are reduced, None where nothing is
+BLOCKS_NBYTES = 16 * BLOCK_ITEMS * 8  # of scratch that every task may need, in a pool that has so much; else it is part of a constant
+ANY_ROOM = 0, math.inf  # see `Bindings`
 FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
+SLAB_ITEMS = 1 << 20  # of a scan through a file: moved at once
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
 
@@ -120,6 +135,7 @@ class Bindings:
     storages: dict[int, int]  # by identity
     arrays: dict[int, int]  # by id()
     uses: tuple[tuple[int, Layout, str], ...]  # identity, part, "r" or "w"
+    room: tuple[int, float]  # the plan is this one where what the pool has free is from (bytes) up to, and without, (bytes)
 
 
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray[Any, Any]]
@@ -128,7 +144,7 @@ Empty = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray[Any, Any]]
 def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> tuple[Plan, Bindings]:
     """Return the plan that fills ``targets`` with ``roots``, which have their shapes and dtypes, and what in it is of this time."""
     builder = _built(roots, targets, pool, result_memory().empty)
-    return builder.plan(), Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses))
+    return builder.plan(), Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses), builder.room)
 
 
 def buffer_of(place: Storage | np.ndarray[Any, Any], pool: Pool) -> tuple[Buffer, tuple[Any, Any]]:
@@ -167,7 +183,14 @@ def make_result(target: Target, order: tuple[int, ...], empty: Empty | None = No
 
 def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: Empty) -> _Builder:
     optimised = optimise(tuple(roots))
-    builder = _Builder(pool, frozenset(optimised.kept))
+    builder = _filled(optimised, targets, pool, empty, is_spilling=False)
+    if any(b.is_spilled for b in builder.buffers) and any(isinstance(layer.kernel, ScanKernel) for layer in builder.layers):
+        return _filled(optimised, targets, pool, empty, is_spilling=True)
+    return builder
+
+
+def _filled(optimised: Optimised, targets: Sequence[Target], pool: Pool, empty: Empty, *, is_spilling: bool) -> _Builder:
+    builder = _Builder(pool, frozenset(optimised.kept), is_spilling)
     for root, target in zip(optimised.roots, targets, strict=True):
         if target.array is None and target.storage is None:
             make_result(target, _memory_order_of(root), empty)
@@ -175,6 +198,7 @@ def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: 
         if target.storage is not None and not target.is_new and _may_fail(root):
             builder.aside.add(builder.targets[-1])
     builder.build(optimised.roots)
+    builder.spill()
     return builder
 
 
@@ -235,8 +259,9 @@ class _LayerDraft:
 class _Builder:
     """Grows one plan: buffers, layers, and which layers last wrote or read each buffer."""
 
-    def __init__(self, pool: Pool, kept: frozenset[Expr]) -> None:
+    def __init__(self, pool: Pool, kept: frozenset[Expr], is_spilling: bool) -> None:
         self.pool = pool
+        self.is_spilling = is_spilling  # some temporaries will be in the spill file: it is not yet known which
         self.kept = kept
         self.buffers: list[Buffer] = []
         self.layers: list[_LayerDraft] = []
@@ -260,6 +285,7 @@ class _Builder:
         self.makings: dict[Operand, tuple[Making, float]] = {}  # of operands made in the task, with the cost of an element (0: unknown)
         self.isolated = False
         self.scratch = 0
+        self.room: tuple[int, float] = ANY_ROOM
 
     # --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -616,6 +642,14 @@ class _Builder:
         sizes = tuple(segment if a == axis else s for a, s in enumerate(slab_sizes(kept, width)))
         grid = Grid(shape, sizes)
         carry = None
+        in_file = self.is_spilling or any(self._is_spilled(o.buffer) for o in (*program.loads, out))
+        in_slabs = in_file and segment == n and axis != len(shape) - 1
+        if in_slabs:
+            # Wider tiles, worked through in the same blocks: long runs of the file, and the same bits.
+            rows = grid.block_sizes[axis]
+            allowed = self.pool.budget.limit_nbytes // (4 * RESERVED_SHARE * max(1, self.pool.workers)) // node.dtype.itemsize
+            wide = slab_sizes(kept, max(math.prod(grid.block_sizes), min(SLAB_ITEMS, allowed)) // rows)
+            grid = Grid(shape, tuple(n if a == axis else w for a, w in enumerate(wide)), grid.block_sizes)
         if segment < n:
             splits = _split_counts(grid, (axis,))
             row = {"cumsum": "add"}.get(node.ufunc, node.ufunc)
@@ -648,7 +682,7 @@ class _Builder:
                     16 * len(splits) * math.prod(lanes_grid.sizes),
                 )
             )
-        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry, line_of(node), node.errstate)
+        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry, line_of(node), node.errstate, in_slabs)
         loads = program.loads if carry is None else (*program.loads, carry)
         self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), grid, loads, (out,), writer.cost(grid) * 2))
         self.operands.setdefault(node, out)
@@ -867,9 +901,43 @@ class _Builder:
         return requires
 
     def _is_remote(self, buffer: int) -> bool:
-        """Whether a buffer lies in the driver's own memory, where workers copy from."""
+        """Whether a buffer lies in the driver's own memory or in the spill file, where workers copy from."""
         address = self.buffers[buffer].address
-        return address is not None and address.segment == DRIVER
+        return self.buffers[buffer].is_spilled if address is None else address.segment != ARENA
+
+    def _scratch_nbytes(self) -> int:
+        """Return what one worker needs beside the buffers."""
+        workers = max(1, self.pool.workers)
+        blocks = min(BLOCKS_NBYTES, self.pool.budget.limit_nbytes // (RESERVED_SHARE * workers))
+        copies = max((_copies_nbytes(draft, self._is_spilled) for draft in self.layers), default=0)
+        return self.scratch + blocks + copies
+
+    def _is_spilled(self, buffer: int) -> bool:
+        address = self.buffers[buffer].address
+        return self.buffers[buffer].is_spilled if address is None else address.segment == SPILL
+
+    def spill(self) -> None:
+        """Send temporaries to the spill file, the largest first of those that live where the peak is, until the rest has room.
+
+        Which ones depends on the plan and on what is free for it, nothing else.
+        """
+        if not any(buffer.address is None for buffer in self.buffers):
+            return
+        free, workers = self.pool.free_nbytes(), max(1, self.pool.workers)
+        layers = tuple(Layer(name="", kernel=d.kernel, ntasks=d.ntasks, reads=tuple(d.reads), writes=tuple(d.writes)) for d in self.layers)
+        below: float = math.inf
+        while True:
+            sketch = Plan(buffers=tuple(self.buffers), layers=layers)
+            peak, where = sketch.peak_nbytes()
+            needed = peak + self._scratch_nbytes() * workers
+            self.room = needed, below
+            if needed <= free or not peak or not self.pool.can_spill():
+                return  # one that does not fit even so is refused when it is to run
+            last, first = sketch.last_readers(), sketch.first_writers()
+            live = [b for b in last if first[b] <= where <= last[b] and not self.buffers[b].is_spilled]
+            largest = max(live, key=lambda b: (self.buffers[b].nbytes, -b))
+            self.buffers[largest] = replace(self.buffers[largest], is_spilled=True)
+            below = min(below, needed)
 
     def plan(self) -> Plan:
         """Return the finished plan."""
@@ -895,7 +963,7 @@ class _Builder:
         return Plan(
             buffers=tuple(self.buffers),
             layers=tuple(layers),
-            scratch_nbytes=self.scratch + 16 * BLOCK_ITEMS * 8,
+            scratch_nbytes=self._scratch_nbytes(),
             isolated=self.isolated,
             locks=locks,
             keep=tuple(self.keep),
@@ -920,6 +988,38 @@ class _Builder:
             if self.buffers[operand.buffer].address is None
         }
         return Outline(self.plan(), layers, tuple(target.buffer for target in self.targets), owners)
+
+
+def _copies_nbytes(draft: _LayerDraft, is_spilled: Callable[[int], bool]) -> int:
+    """Return what a task needs for copies of what lies in the spill file, as far as that is more than `BLOCKS_NBYTES` has room for."""
+    kernel = draft.kernel
+    if isinstance(kernel, BlockKernel):  # whole boxes: of the result, of what lies somewhere and is given as it is
+        box = kernel.grid.box(0)
+        nbytes = _items(box) * kernel.out.dtype.itemsize if is_spilled(kernel.out.buffer) else 0
+        return nbytes + (_inputs_nbytes(kernel.source, box, is_spilled) if isinstance(kernel.source, BlockSource) else 0)
+    if draft.grid is None:
+        return 0
+    most = MOST_STAGED_ITEMS * (2 if isinstance(kernel, (ReduceKernel, ScanKernel)) else 1)  # compiled ones take larger pieces
+    items = min(math.prod(draft.grid.sizes), most)
+    staged = sum(items * o.dtype.itemsize for o in dict.fromkeys((*draft.loads, *draft.stores)) if is_spilled(o.buffer))
+    made = 0
+    for operand in kernel.program.made if isinstance(kernel, (MapKernel, ReduceKernel)) else ():
+        if isinstance(operand.source, BlockSource):
+            made += _inputs_nbytes(operand.source, draft.grid.box(0), is_spilled)
+    return max(0, staged - BLOCKS_NBYTES) + made
+
+
+def _inputs_nbytes(source: BlockSource, box: Box, is_spilled: Callable[[int], bool]) -> int:
+    boxes = source.operation.needs(box)
+    return sum(
+        _items(needed) * program.operands[0].dtype.itemsize
+        for program, result, needed in zip(source.inputs, source.results, boxes, strict=True)
+        if result is None and is_spilled(program.operands[0].buffer)
+    )
+
+
+def _items(box: Box) -> int:
+    return math.prod(piece.stop - piece.start for piece in box)
 
 
 def _through(target: Operand, map: IndexMap, x: Expr) -> Operand | None:

@@ -1,7 +1,8 @@
 """A stored array's bytes: one extent that aliases and views share, its versions, its cells, the NumPy views lent out.
 
 Promises: a write is seen by every alias; a NumPy array handed out before it keeps its values (the bytes move to a new extent
-first); an expression built before it finds out (`changed_since`). Cells, the unit of locks and of torn marks, are boxes of the
+first); an expression built before it finds out (`changed_since`). What did not fit the memory budget lies in the pool's spill file
+(`is_spilled`): its bytes are copied in and out, there are no views. Cells, the unit of locks and of torn marks, are boxes of the
 chunk grid the array had when it was stored, and stay while views, rechunks and transposes come and go.
 Never put here: expressions, plans, who may write (the plan's locks).
 """
@@ -19,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.limits import format_bytes
 from scheduler.locks import process_locks
 from scheduler.run import Pool
-from scheduler.task import ARENA, DRIVER, Address, LockRequest
+from scheduler.task import DRIVER, SPILL, Address, LockRequest
 from shmarray.chunks import Chunks
-from shmarray.errors import TornChunkError
+from shmarray.errors import MemoryBudgetError, SpillError, TornChunkError
 from shmarray.region import Box, c_strides
 from shmarray.tiles import slab_sizes
 
@@ -70,6 +72,23 @@ class _Lease:
         return {"shape": (self.extent.nbytes,), "typestr": "|u1", "data": (self.start, True), "version": 3}
 
 
+class _Outline:
+    """Says where a layout would lie, had its storage begun at a round address. Nothing is there to be read."""
+
+    __slots__ = ("__array_interface__",)
+
+    def __init__(self, layout: Layout) -> None:
+        start = (1 << 45) + layout.offset
+        typestr = f"|V{layout.dtype.itemsize}"
+        self.__array_interface__ = {
+            "shape": layout.shape, "typestr": typestr, "data": (start, True), "strides": layout.strides, "version": 3
+        }  # fmt: skip
+
+
+def _outline(layout: Layout) -> NDArray:
+    return np.asarray(_Outline(layout))
+
+
 class Storage:
     """The bytes of a stored array. C-ordered, ``shape`` and ``dtype`` as they were when it was made."""
 
@@ -103,26 +122,82 @@ class Storage:
         hold so that they stay."""
         extent = self.extent
         if pool is self.pool:
-            return Address(ARENA, extent.offset), extent
+            return extent.address, extent
+        if self.is_spilled:
+            raise SpillError(
+                f"an array of shape {self.shape} lies in the spill file of one pool, another array of the same computation in that of "
+                f"another, and no worker reaches both. Store one of them anew where the other is: from x.compute(), or part by part."
+            )
         return Address(DRIVER, self.pool.arena.start + extent.offset), extent
 
+    @property
+    def is_spilled(self) -> bool:
+        """Whether the bytes lie in the spill file."""
+        return self.extent.address.segment == SPILL
+
     def array(self, layout: Layout) -> NDArray:
-        """Return the live, writable bytes in this process. Not for users: nothing guards it."""
+        """Return the live, writable bytes in this process. Not for users: nothing guards it. Not for what is spilled: see `read`."""
+        assert not self.is_spilled, self.shape
         return np.ndarray(layout.shape, layout.dtype, self.pool.arena.bytes, self.extent.offset + layout.offset, layout.strides)
 
+    def read(self, layout: Layout) -> NDArray:
+        """Return the bytes as they are now: the live ones, or a copy of what is spilled. Nothing guards it.
+
+        Raises MemoryBudgetError when that copy would exceed the memory limit.
+        """
+        if not self.is_spilled:
+            return self.array(layout)
+        limit = self.pool.budget.limit_nbytes
+        if layout.nbytes > limit:
+            raise MemoryBudgetError(
+                f"an array of shape {layout.shape} and {format_bytes(layout.nbytes)} lies in the spill file; the memory limit of "
+                f"{format_bytes(limit)} does not hold a copy of it. Take a part of it (x[a:b]), reduce it, write it chunk by chunk "
+                f"(x.lock(chunk, 'r'), x.map_blocks), give compute() an out=, or raise memory_limit."
+            )
+        values: NDArray = self._remote(layout).read()
+        return values
+
+    def fill(self, layout: Layout, values: NDArray) -> None:
+        """Copy values of its shape and dtype over ``layout``. Nothing guards it."""
+        if self.is_spilled:
+            self._remote(layout).write(values)
+        else:
+            np.copyto(self.array(layout), values)
+
+    def _remote(self, layout: Layout, extent: Any = None) -> Any:
+        return self.pool.memory.window((extent or self.extent).address, layout.offset, layout.shape, layout.strides, layout.dtype)
+
     def window(self, layout: Layout) -> tuple[NDArray, Any]:
-        """Return the live bytes, and what to hold so that they stay: a write of other cells may move the array meanwhile."""
+        """Return the live bytes, and what to hold so that they stay: a write of other cells may move the array meanwhile.
+
+        Of what is spilled a copy, to be given to `put_back`, with what was held, if it was written.
+        """
         with self._mutex:
-            return self.array(layout), self.extent
+            if not self.is_spilled:
+                return self.array(layout), self.extent
+            if any(n > 1 and stride == 0 for n, stride in zip(layout.shape, layout.strides, strict=True)):
+                raise ValueError(f"shape {layout.shape} is a broadcast, whose elements share memory, of an array in the spill file")
+            return np.array(self.read(layout)), self.extent
+
+    def put_back(self, layout: Layout, values: NDArray, held: Any) -> None:
+        """Write what `window` gave back to where it is from, if that is spilled. A write that fails leaves its cells torn."""
+        if held.address.segment != SPILL:
+            return
+        try:
+            self._remote(layout, held).write(values)
+        except BaseException as error:
+            self.tear(dict.fromkeys(self.cells_of(layout), f"Writing a locked part back to the spill file failed ({error})."))
+            raise
 
     def lend(self, layout: Layout) -> NDArray:
         """Return a read-only array over the bytes, whose values stay what they are now: a later write moves the bytes first.
 
-        While somebody writes, be it this thread under its own lock, it is a copy, of what is there when ``layout`` is free.
+        While somebody writes, be it this thread under its own lock, it is a copy, of what is there when ``layout`` is free; so it is
+        of what is spilled.
         """
         self.check_whole(layout)
         with self._mutex:
-            if not self._writers:
+            if not self._writers and not self.is_spilled:
                 lease = next(iter(self._leases), None)
                 if lease is None:
                     lease = _Lease(self.extent, self.pool.arena.start + self.extent.offset)
@@ -131,7 +206,7 @@ class Storage:
         with process_locks().acquire(self.requests(layout, "r")):
             self.check_whole(layout)
             with self._mutex:
-                values = self.array(layout).copy()
+                values = self.read(layout) if self.is_spilled else self.array(layout).copy()
         values.flags.writeable = False
         return values
 
@@ -141,7 +216,11 @@ class Storage:
             if len(self._leases):
                 old, keep = self.array(self.layout), self.extent
                 self.extent = self.pool.allocate(self.nbytes)
-                np.copyto(self.array(self.layout), old)
+                try:
+                    self.fill(self.layout, old)
+                except BaseException:
+                    self.extent = keep
+                    raise
                 self._leases = weakref.WeakSet()
                 del keep
             self._writers += 1
@@ -173,7 +252,7 @@ class Storage:
         if not math.prod(a.shape) or not math.prod(b.shape):
             return False
         try:
-            return bool(np.shares_memory(self.array(a), self.array(b), max_work=10_000))  # type: ignore[arg-type]  # the stubs know two values only
+            return bool(np.shares_memory(_outline(a), _outline(b), max_work=10_000))  # type: ignore[arg-type]  # the stubs know two values only
         except np.exceptions.TooHardError:
             return True
 

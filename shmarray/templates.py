@@ -39,7 +39,7 @@ from shmarray.expr import (
     postorder,
 )
 from shmarray.fuse import constant_of
-from shmarray.plan import Target, buffer_of, build_plan, lock_requests, make_result
+from shmarray.plan import ANY_ROOM, Target, buffer_of, build_plan, lock_requests, make_result
 from shmarray.storage import Layout, Storage
 
 __all__ = ["forget", "plan_for", "statistics"]
@@ -60,6 +60,12 @@ class _Template:
     uses: tuple[tuple[int, Layout, str], ...]
     orders: tuple[tuple[int, ...] | None, ...]
     held: tuple[Any, ...]  # whose identity is in the key
+    room: tuple[int, float]  # see `plan.Bindings`
+
+    def fits(self, pool: Pool) -> bool:
+        """Whether the plan would be the same again: which temporaries are spilled depends on what is free now."""
+        least, below = self.room
+        return self.room == ANY_ROOM or least <= pool.free_nbytes() < below
 
 
 _mutex = threading.Lock()
@@ -89,12 +95,14 @@ def plan_for(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> Pl
             template = _templates.get(key)
             if template is not None:
                 _templates.move_to_end(key)
-    if template is not None:
+    if template is not None and template.fits(pool):
         for target, order in zip(targets, template.orders, strict=True):
             if order is not None:
                 make_result(target, order)
-        _counts["reused"] += 1
-        return _bound(template, [*form.places, *_results(targets, is_fresh)], pool)
+        plan = _bound(template, [*form.places, *_results(targets, is_fresh)], pool)
+        if plan is not None:
+            _counts["reused"] += 1
+            return plan
     plan, bindings = build_plan(roots, targets, pool)
     _counts["built"] += 1
     if key is not None:
@@ -108,7 +116,7 @@ def plan_for(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> Pl
             uses = tuple((slots[identity], layout, mode) for identity, layout, mode in bindings.uses)
             with _mutex:
                 _templates[key] = _Template(
-                    replace(plan, keep=(), locks=()), numbers, uses, tuple(t.order for t in targets), tuple(form.held)
+                    replace(plan, keep=(), locks=()), numbers, uses, tuple(t.order for t in targets), tuple(form.held), bindings.room
                 )
                 while len(_templates) > MOST_TEMPLATES:
                     _templates.popitem(last=False)
@@ -119,13 +127,18 @@ def _results(targets: Sequence[Target], is_fresh: Sequence[bool]) -> list[np.nda
     return [target.array for target, fresh in zip(targets, is_fresh, strict=True) if fresh and target.array is not None]
 
 
-def _bound(template: _Template, places: Sequence[Place], pool: Pool) -> Plan:
+def _bound(template: _Template, places: Sequence[Place], pool: Pool) -> Plan | None:
+    """Return the plan for these places; None: an array has moved to another kind of memory since its form was written down."""
     buffers = list(template.plan.buffers)
     keep: list[Any] = []
     for place, number in zip(places, template.numbers, strict=True):
         if number is None:
             continue
-        buffers[number], held = buffer_of(place, pool)
+        buffer, held = buffer_of(place, pool)
+        known = buffers[number].address
+        if known is None or buffer.address is None or known.segment != buffer.address.segment:
+            return None
+        buffers[number] = buffer
         keep += held
     uses = []
     for slot, layout, mode in template.uses:
@@ -147,7 +160,8 @@ class _Form:
 
     def key(self, roots: Sequence[Expr], targets: Sequence[Target]) -> Any:
         """Return a hashable that is equal for equal forms; None where there is none."""
-        parts: list[Any] = [config.engine, engines.COMPILING_PAYS_NBYTES]
+        pool = self.pool
+        parts: list[Any] = [config.engine, engines.COMPILING_PAYS_NBYTES, pool.workers, pool.budget.limit_nbytes, pool.spill_directory]
         for node in postorder(roots):
             part = self._node(node)
             if part is None:
@@ -172,7 +186,7 @@ class _Form:
         return slot
 
     def _storage(self, storage: Storage) -> Any:
-        return self._slot(storage), storage.pool is self.pool
+        return self._slot(storage), storage.pool is self.pool, storage.is_spilled
 
     def _layout(self, layout: Layout) -> Any:
         return layout.offset, layout.shape, layout.strides, exact(layout.dtype)

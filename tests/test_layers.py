@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first; files of one line know nothing of each other.
 SCHEDULER = """
 __init__ executors.__init__ errors limits
-task
+task spill
 state segments extents results locks watch
 redo
 worker
@@ -81,7 +81,7 @@ DOORS = {
     "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "config", "doctor", "engines", "explain"},
+    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "storage"},
     "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"array", "storage"},
     "scheduler.results": {"plan"},

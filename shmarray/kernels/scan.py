@@ -1,6 +1,7 @@
 """Scans in the NumPy engine: the running result of a ufunc along one axis, fused with the program before it.
 
-Where the other axes give enough tasks, a task walks its axis alone. Otherwise the axis is cut into segments: partials of each
+Where the other axes give enough tasks, a task walks its axis alone; through what lies in a file in slabs, as wide as a tile, so that
+it reads and writes long runs. Otherwise the axis is cut into segments: partials of each
 segment (`reduce`), their running result (`CarryKernel`), then every segment from its carry, all at once.
 Never put here: what to cut (`plan`).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,10 @@ __all__ = ["CarryKernel", "ScanKernel"]
 
 @dataclass(frozen=True, slots=True)
 class ScanKernel:
-    """Writes the running ``ufunc`` of register ``register`` along ``axis``, tile by tile; ``carry``: what came before a tile."""
+    """Writes the running ``ufunc`` of register ``register`` along ``axis``, tile by tile; ``carry``: what came before a tile.
+
+    ``in_slabs``: what a tile needs, and its results, are moved slab by slab along the axis, each as long as a cache block.
+    """
 
     program: Program
     grid: Grid
@@ -35,47 +40,55 @@ class ScanKernel:
     carry: Operand | None
     line: str = ""
     errstate: tuple[tuple[str, str], ...] = ()  # what np.errstate said, where that is not the default
+    in_slabs: bool = False
 
     def bind(self, context: Context) -> Callable[[int], None]:
-        evaluator = Evaluator(self.program, context, math.prod(self.grid.sizes))
-        ufunc = getattr(np, self.ufunc)
         axis, dtype = self.axis, self.out.dtype
+        sizes = self.grid.block_sizes
+        moved = math.prod(self.grid.sizes) // (self.grid.sizes[axis] if self.in_slabs else 1) * (sizes[axis] if self.in_slabs else 1)
+        is_staged = self.in_slabs or moved <= MOST_STAGED_ITEMS
+        evaluator = Evaluator(self.program, context, 0 if is_staged else moved)
+        ufunc = getattr(np, self.ufunc)
         target: Window | Staged = open_window(context, self.out)
-        if math.prod(self.grid.sizes) <= MOST_STAGED_ITEMS:
+        if is_staged:
             target = stage(target)
         carries = None if self.carry is None else open_window(context, self.carry)
-        sizes = self.grid.block_sizes
         across = tuple(1 if a == axis else size for a, size in enumerate(sizes))
 
         def run(index: int) -> None:
             tile = self.grid.box(index)
             kept = tuple([slice(0, 1) if a == axis else piece for a, piece in enumerate(tile)])
             segment = tile[axis].start // self.grid.sizes[axis]
+            slabs = blocks(tile, tuple([sizes[a] if a == axis else n for a, n in enumerate(self.grid.sizes)])) if self.in_slabs else (tile,)
+            reached: dict[int, np.ndarray[Any, Any]] = {}  # where slabs before this one have come to, by number of the lanes
             with evaluator.errstate():
-                evaluator.begin(tile)
-                if isinstance(target, Staged):
-                    target.begin(tile)
-                for lanes in blocks(kept, across):
-                    carry = None
-                    if carries is not None and segment:
-                        part = carries[(slice(segment - 1, segment), *lanes)]
-                        carry = (part.read() if isinstance(part, Remote) else part)[0]
-                    for low in range(tile[axis].start, tile[axis].stop, sizes[axis]):
-                        piece = slice(low, min(low + sizes[axis], tile[axis].stop))
-                        box = tuple([piece if a == axis else lane for a, lane in enumerate(lanes)])
-                        value = evaluator.run(box)[self.register]
-                        shape = tuple([p.stop - p.start for p in box])
-                        if value.shape != shape:
-                            value = np.broadcast_to(value, shape)
-                        with floating_state(context, self.errstate, "accumulate", self.line):
-                            result = ufunc.accumulate(value, axis=axis, dtype=dtype)
-                            if carry is not None:
-                                result = ufunc(carry, result)
-                        put(target, box, result)
-                        carry = result[tuple([slice(-1, None) if a == axis else slice(None) for a in range(len(box))])]
-                evaluator.end(tile)
-                if isinstance(target, Staged):
-                    target.flush(tile)
+                for slab in slabs:
+                    evaluator.begin(slab)
+                    if isinstance(target, Staged):
+                        target.begin(slab)
+                    for number, lanes in enumerate(blocks(kept, across)):
+                        carry = reached.get(number)
+                        if carries is not None and segment:
+                            part = carries[(slice(segment - 1, segment), *lanes)]
+                            carry = (part.read() if isinstance(part, Remote) else part)[0]
+                        for low in range(slab[axis].start, slab[axis].stop, sizes[axis]):
+                            piece = slice(low, min(low + sizes[axis], slab[axis].stop))
+                            box = tuple([piece if a == axis else lane for a, lane in enumerate(lanes)])
+                            value = evaluator.run(box)[self.register]
+                            shape = tuple([p.stop - p.start for p in box])
+                            if value.shape != shape:
+                                value = np.broadcast_to(value, shape)
+                            with floating_state(context, self.errstate, "accumulate", self.line):
+                                result = ufunc.accumulate(value, axis=axis, dtype=dtype)
+                                if carry is not None:
+                                    result = ufunc(carry, result)
+                            put(target, box, result)
+                            carry = result[tuple([slice(-1, None) if a == axis else slice(None) for a in range(len(box))])]
+                        if self.in_slabs and carry is not None:
+                            reached[number] = carry.copy()
+                    evaluator.end(slab)
+                    if isinstance(target, Staged):
+                        target.flush(slab)
 
         return run
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.limits import Budget, available_nbytes, cpu_count, format_bytes, oom_kills, parse_bytes
+from scheduler.limits import Budget, available_nbytes, cpu_count, format_bytes, oom_kills, page_cache_has_room, parse_bytes
 
 MIB = 1 << 20
 NO_LIMIT_V1 = 9223372036854771712
@@ -137,6 +137,19 @@ def test_v1_limit_counts_and_its_none_does_not(tmp_path: Path) -> None:
     stat = f"inactive_file 1\ntotal_inactive_file {5 * MIB}"
     write(mount / "jobs", memory__limit_in_bytes=40 * MIB, memory__usage_in_bytes=15 * MIB, memory__stat=stat)
     assert available_nbytes(tmp_path) == 30 * MIB
+
+
+def test_the_page_cache_has_room_where_much_is_unused_and_no_group_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [200 * MIB]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"free": free[0], "total": 1000 * MIB}))
+    assert page_cache_has_room(tmp_path)
+    free[0] = 100 * MIB
+    assert not page_cache_has_room(tmp_path)
+    free[0] = 200 * MIB
+    write_v2(tmp_path, memory__max="max", memory__high="max")
+    assert page_cache_has_room(tmp_path)
+    write_v2(tmp_path, memory__max=10_000 * MIB)
+    assert not page_cache_has_room(tmp_path)
 
 
 def test_nonsense_in_files_is_no_limit(tmp_path: Path) -> None:

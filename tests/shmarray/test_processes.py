@@ -227,7 +227,7 @@ def test_repeated_computes_leak_nothing() -> None:
 
 
 def test_what_cannot_fit_is_refused_with_both_numbers() -> None:
-    with sa.Pool(workers=1, memory_limit="64MiB"):
+    with sa.Pool(workers=1, memory_limit="64MiB", spill_directory="off"):
         big = sa.random.default_rng(0).random((2000, 6000))
         with pytest.raises(MemoryBudgetError, match=r"MiB.*64"):
             big.persist()
