@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import scheduler
+from scheduler import faults
 from scheduler.errors import PoolClosed, SchedulerError, WorkerStartError
 from scheduler.running import (
     GIVE_UP_AFTER_S,
@@ -397,6 +398,7 @@ class _Loop:
                 member.kill()
 
     def _settle(self, plan_id: int, failure: PlanFailed | None) -> None:
+        faults.point("settle")
         ticket = self.tickets.pop(plan_id)
         ticket.failure = failure
         for member in self.members.values():
@@ -458,6 +460,7 @@ class _Loop:
         self.helper.put((running, command))
 
     def _send(self, member: _Member, ticket: Ticket, command: SendRange) -> None:
+        faults.point("send")
         setup: tuple[bytes, bytes | None, dict[int, tuple[int, ...]]] | None = None
         key = command.plan_id, command.layer
         if key not in member.known:
@@ -543,6 +546,7 @@ class _Loop:
             opened.append(capture)
             stderr = _duplicate_stderr()
             opened.append(stderr)
+            faults.point("spawn")
             numbers = [far_link.fileno(), far_life.fileno(), self.arena_fd, self.control_fd, stderr]
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "scheduler.worker", *map(str, numbers), str(os.getpid()), str(slot)],
@@ -569,6 +573,7 @@ class _Loop:
 
     def _bury(self, member: _Member) -> None:
         """Clear up after a death: what it was at, who replaces it."""
+        faults.point("bury")
         code = member.process.poll()
         reason = describe_exit(code)
         if member.is_open:
@@ -587,6 +592,7 @@ class _Loop:
         for plan_id in {plan_id for _, plan_id, _ in queued}:
             self.tickets[plan_id].deaths += 1
         self._feed(WorkerLost(member.slot, cursor if is_begun else None, reason, member.process.pid, not is_binding))
+        faults.point("buried")
 
     def _start_failed(self, slot: int, why: str) -> None:
         self.start_failures += 1

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from scheduler import executors, worker
+from scheduler import executors, faults, worker
 from scheduler.errors import MemoryBudgetError, PoolClosed, SharedMemoryError
 from scheduler.extents import Extent, Extents
 from scheduler.limits import Budget, cpu_count, format_bytes, parse_bytes
@@ -104,6 +104,7 @@ class Pool:
         try:
             self._local.depth = depth + 1
             report: Report = module.run(self, plan)
+            faults.point("return")
             return report
         finally:
             self._local.depth = depth

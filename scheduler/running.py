@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from scheduler import faults
 from scheduler.segments import Memory
 from scheduler.state import (
     Event,
@@ -138,8 +139,10 @@ class Running:
         self.temporaries: dict[int, Extent] = {}
         # Locks before room: who waits for room holds its locks, who has room waits for nothing. The other way round two
         # plans could wait for each other.
+        faults.point("lock")
         self.hold: Hold | None = host.locks.acquire(plan.locks) if plan.locks else None
         try:
+            faults.point("locked")
             self.room_nbytes, self._room = host.admit(plan)
         except BaseException:
             if self.hold is not None:
@@ -151,6 +154,7 @@ class Running:
         layer = self.plan.layers[index]
         for buffer in (*layer.reads, *layer.writes):
             if buffer not in self.addresses:
+                faults.point("allocate")
                 extent = self.host.allocate_temporary(self.plan.buffers[buffer].nbytes)
                 self.temporaries[buffer] = extent
                 self.addresses[buffer] = Address(ARENA, extent.offset)
@@ -191,15 +195,19 @@ class Lane:
         began = time.perf_counter()
         try:
             key = command.plan_id, command.layer
+            faults.point("bind")
             function = self.bound.get(key)
             if function is None:
                 context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings)
                 function = self.bound[key] = running.plan.layers[command.layer].kernel.bind(context)
             is_bound = True
+            faults.point("bound")
             for task in range(command.start, command.stop):
                 if running.is_stopping:
                     return RangeStopped(command.worker, command.run_id, task)
+                faults.point("task")
                 function(task)
+                faults.point("ran")
         except BaseException as error:
             told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)
             try:
