@@ -711,6 +711,11 @@ class WorkerPool:
         """How many processes were ever started."""
         return self._loop.starts
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its loop has ended: closed, or by a bug that the plans of then were told of."""
+        return self._loop._is_over
+
     def run(self, running: Running, kernels: Mapping[int, tuple[bytes, bytes]]) -> Report:
         """Run a plan and wait for it; raise what it raised. Closes ``running`` in any case, if need be later."""
         ticket = Ticket(running, kernels, ([*sys.path], _directory()))

@@ -129,7 +129,8 @@ class Pool:
         """Return the handle on the worker processes, made on first need."""
         with self._mutex:
             self._require_open()
-            if self._worker_pool is None:
+            # Over while we are open: a bug of ours ended the loop. The plans of then were told; those to come need not suffer.
+            if self._worker_pool is None or self._worker_pool.is_over:
                 permit_workers()
                 self._worker_pool = WorkerPool(self.workers, self.arena.fd, self.arena.nbytes, self.memory)
             return self._worker_pool
