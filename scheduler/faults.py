@@ -18,6 +18,10 @@ Who: ``worker``, ``driver``, or ``any`` (when left out). The points:
              bound     after that; nothing was written
              task      before each task, the cursor at it
              ran       after each task, the cursor still at it
+             results   in a step of an update in place: its results lie in the redo slot, the cursor does not say so yet
+             copy      the cursor says so, nothing is copied
+             half      in the middle of the copy over the target
+             copied    after it, the cursor still says that it goes on
              reply     before what came of a range is sent: the cursor is past it, the driver not told
              replied   after that
     driver   spawn     before a worker process is started
@@ -26,10 +30,12 @@ Who: ``worker``, ``driver``, or ``any`` (when left out). The points:
              locked    after that; nothing else is held
              allocate  before the temporaries of a layer are allocated
              bury      before a dead worker's part is sorted out
-             buried    after that
+             repair    before a step that it was copying is finished for it
+             repaired  after that
+             buried    after all of this
              settle    before a plan's end is made known
              return    before a result is returned
-             bind, bound, task, ran: as in a worker, in threads of the driver that run tasks
+             bind, bound, task, ran, results, copy, half, copied: as in a worker, in threads of the driver that run tasks
 """
 
 from __future__ import annotations

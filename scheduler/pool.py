@@ -41,6 +41,7 @@ from typing import Any
 import scheduler
 from scheduler import faults
 from scheduler.errors import PoolClosed, SchedulerError, WorkerStartError
+from scheduler.redo import NOT_BEGUN, unpack
 from scheduler.running import (
     GIVE_UP_AFTER_S,
     Lane,
@@ -76,13 +77,14 @@ from scheduler.state import (
 )
 from scheduler.task import Report
 from scheduler.worker import (
-    NOT_BEGUN,
     PACKET_NBYTES,
     WORDS_PER_SLOT,
     KernelCache,
     cancel_word,
     control_nbytes,
     packets,
+    redo_of,
+    settled,
     tie,
 )
 
@@ -224,7 +226,9 @@ class _Loop:
             self.control_fd = os.memfd_create("shmarray-control", os.MFD_CLOEXEC)
             os.fchmod(self.control_fd, 0o600)
             os.ftruncate(self.control_fd, control_nbytes(slots))
-            self.words = memoryview(mmap.mmap(self.control_fd, control_nbytes(slots))).cast("q")
+            control = mmap.mmap(self.control_fd, control_nbytes(slots))
+            self.words = memoryview(control).cast("q")
+            self.redos = [redo_of(control, self.words, slots, slot) for slot in range(slots)]
         except BaseException:
             self._close_descriptors()  # no descriptor left, most likely
             raise
@@ -335,6 +339,8 @@ class _Loop:
         with self._gate:
             self._is_closing = True
         try:
+            for plan_id in list(self.tickets):
+                self._feed(CancelRequested(plan_id, error))
             self._end_members()
         finally:
             self._is_over = True
@@ -348,9 +354,10 @@ class _Loop:
                 self._close_descriptors()
 
     def _end_members(self) -> None:
-        """Close their sockets, wait half a second, then SIGKILL."""
+        """Tell them by the end of their input, wait half a second, then SIGKILL."""
         for member in self.members.values():
-            member.link.close()
+            with contextlib.suppress(OSError):
+                member.link.shutdown(socket.SHUT_WR)
         if self.helper is not None:
             self.helper.put(None)
         deadline = time.monotonic() + CLOSE_S
@@ -366,7 +373,10 @@ class _Loop:
         for slot, member in list(self.members.items()):
             left = max(0.0, deadline - time.monotonic())
             if select.select([member.pidfd], [], [], left)[0] if member.pidfd < 1024 else _poll(member.pidfd, left):
-                member.process.poll()
+                code = member.process.poll()
+                if member.has_joined:  # what it did in place is done, though the plan fails
+                    self._listen(member)
+                    self._lose(member, describe_exit(code))
                 member.close()
                 del self.members[slot]
 
@@ -477,7 +487,7 @@ class _Loop:
         if member.path != ticket.path:
             path = member.path = ticket.path
         forget, member.to_forget = member.to_forget, []
-        message = ("range", command.run_id, *key, command.start, command.stop, setup, path, forget)
+        message = ("range", command.run_id, *key, command.start, command.stop, command.step, setup, path, forget)
         self._post(member, message)
 
     def _post(self, member: _Member, message: tuple[Any, ...]) -> None:
@@ -493,9 +503,9 @@ class _Loop:
                 case ("done", run_id, elapsed_s, warned):
                     self._note(member, run_id, warned)
                     self._feed(RangeFinished(member.slot, run_id, elapsed_s))
-                case ("failed", run_id, task, is_bound, blob, summary, trace, warned):
+                case ("failed", run_id, task, step, is_bound, blob, summary, trace, warned):
                     self._note(member, run_id, warned)
-                    self._feed(RangeFailed(member.slot, run_id, task, RemoteError(blob, summary, trace), is_bound))
+                    self._feed(RangeFailed(member.slot, run_id, task, RemoteError(blob, summary, trace), is_bound, step))
                 case ("stopped", run_id, task, warned):
                     self._note(member, run_id, warned)
                     self._feed(RangeStopped(member.slot, run_id, task))
@@ -585,13 +595,24 @@ class _Loop:
         if not member.has_joined:
             self._start_failed(member.slot, f"{reason}\n{tail}".strip())
             return
+        self._lose(member, reason)
+
+    def _lose(self, member: _Member, reason: str) -> None:
+        """Tell the state of a death, with what the dead worker left: its cursor, and a step that it was copying, which is finished here."""
         at = WORDS_PER_SLOT * member.slot
-        cursor, run_id, is_binding = self.words[at], self.words[at + 1], self.words[at + 2]
+        run_id, is_binding = self.words[at + 1], self.words[at + 2]
         queued = self.state.in_flight(member.slot)
-        is_begun = bool(queued) and queued[0][0] == run_id and cursor != NOT_BEGUN
+        found: tuple[int, int] | None = None
+        if queued and queued[0][0] == run_id and self.words[at] != NOT_BEGUN:
+            redo = self.redos[member.slot]
+            task = unpack(self.words[at])[0]
+            faults.point("repair")
+            found = task, settled(redo, self.memory)
+            faults.point("repaired")
         for plan_id in {plan_id for _, plan_id, _ in queued}:
             self.tickets[plan_id].deaths += 1
-        self._feed(WorkerLost(member.slot, cursor if is_begun else None, reason, member.process.pid, not is_binding))
+        cursor, step = found or (None, 0)
+        self._feed(WorkerLost(member.slot, cursor, reason, member.process.pid, not is_binding, step))
         faults.point("buried")
 
     def _start_failed(self, slot: int, why: str) -> None:

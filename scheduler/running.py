@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from scheduler import faults
+from scheduler.redo import SLOT_NBYTES, Redo
 from scheduler.segments import Memory
 from scheduler.state import (
     Event,
@@ -24,7 +27,7 @@ from scheduler.state import (
     SendRange,
 )
 from scheduler.task import ARENA, Address, Plan, Report
-from scheduler.worker import TaskContext, annotate, contain, unpack_error
+from scheduler.worker import TaskContext, annotate, contain, settled, unpack_error
 
 if TYPE_CHECKING:
     from scheduler.extents import Extent
@@ -187,6 +190,7 @@ class Lane:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.bound: dict[tuple[int, int], Callable[[int], None]] = {}
+        self.redo = Redo(np.zeros(1, np.int64).data, 0, np.empty(SLOT_NBYTES, np.uint8))  # untouched memory costs nothing
 
     def run(self, running: Running, command: SendRange, *, interruptible: bool = False) -> Event:
         """Run a range; return what is to be told to the state. ``interruptible``: a Ctrl-C is the user's, not the task's."""
@@ -198,20 +202,21 @@ class Lane:
             faults.point("bind")
             function = self.bound.get(key)
             if function is None:
-                context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings)
+                context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings, self.redo)
                 function = self.bound[key] = running.plan.layers[command.layer].kernel.bind(context)
             is_bound = True
             faults.point("bound")
             for task in range(command.start, command.stop):
                 if running.is_stopping:
                     return RangeStopped(command.worker, command.run_id, task)
+                self.redo.begin(task, command.step if task == command.start else 0)
                 faults.point("task")
                 function(task)
                 faults.point("ran")
         except BaseException as error:
             told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)
             try:
-                return RangeFailed(command.worker, command.run_id, task, told, is_bound)
+                return RangeFailed(command.worker, command.run_id, task, told, is_bound, settled(self.redo, self.memory))
             finally:
                 del told  # its traceback holds this frame: in a circle they would keep the plan's arrays until a collection
         return RangeFinished(command.worker, command.run_id, time.perf_counter() - began)
@@ -234,6 +239,7 @@ def tell_ranges(error: BaseException, failure: PlanFailed) -> None:
     with contextlib.suppress(AttributeError):  # an exception class with a __setattr__ of its own
         error.unfinished = list(failure.unfinished)  # type: ignore[attr-defined]  # documented in scheduler.run.Pool.run
         error.finished = list(failure.finished)  # type: ignore[attr-defined]  # there, too
+        error.steps = list(failure.steps)  # type: ignore[attr-defined]  # there, too
 
 
 def raise_failure(plan: Plan, failure: PlanFailed) -> None:

@@ -151,6 +151,7 @@ class Memory:
 
     def __init__(self, arena: np.ndarray[Any, np.dtype[np.uint8]], driver: int | None = None) -> None:
         self.arena = arena
+        self.start = int(arena.ctypes.data)  # of the arena, in this process
         self.driver = driver  # pid; None in the driver itself
 
     def window(

@@ -62,11 +62,16 @@ FIRST_RANGE = 16  # tasks, at most, of a layer of unknown cost
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A plan is to be run. ``room_nbytes``: how much its temporaries may occupy at once; None: no limit."""
+    """A plan is to be run. ``room_nbytes``: how much its temporaries may occupy at once; None: no limit.
+
+    ``finished`` and ``steps`` as in `PlanFailed`: what an earlier run of the plan has done, and this one goes on from.
+    """
 
     plan_id: int
     plan: Plan
     room_nbytes: int | None = None
+    finished: tuple[tuple[int, int, int], ...] = ()
+    steps: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,8 @@ class WorkerLost:
     """A worker is gone. ``cursor`` is the task it was at, those before it in its range being done; None: not begun.
 
     A cursor equal to the range's stop says that all of it was done, only not reported. ``is_bound`` False: it was still binding
-    the layer's kernel, for that task, and had written nothing.
+    the layer's kernel, for that task, and had written nothing. ``step``: the first step of that task that is still to do, where
+    the layer is in place; -1: its target could not be put in order.
     """
 
     worker: int
@@ -96,6 +102,7 @@ class WorkerLost:
     reason: str
     pid: int
     is_bound: bool = True
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,7 @@ class RangeFinished:
 class RangeFailed:
     """``task`` raised ``error``; those before it in the range are done, those after it were not begun.
 
-    ``is_bound`` False: binding the layer's kernel raised it, and nothing was written.
+    ``is_bound`` False: binding the layer's kernel raised it, and nothing was written. ``step`` as in `WorkerLost`.
     """
 
     worker: int
@@ -117,6 +124,7 @@ class RangeFailed:
     task: int
     error: BaseException
     is_bound: bool = True
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +164,7 @@ class SendRange:
     layer: int
     start: int
     stop: int
+    step: int = 0  # of task ``start``, where earlier ones were done before a death
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +184,8 @@ class PlanFinished:
 class PlanFailed:
     """``layer`` and ``task`` say where, -1 when nowhere; ``unfinished`` are ranges that were begun and may be half done.
 
-    ``finished`` are the ranges (layer, start, stop) that are done; all others were not begun.
+    ``finished`` are the ranges (layer, start, stop) that are done, ``steps`` the tasks (layer, task, step) of layers in place
+    that were left before that step; all others were not begun.
     """
 
     plan_id: int
@@ -184,6 +194,7 @@ class PlanFailed:
     task: int = -1
     unfinished: tuple[tuple[int, int, int], ...] = ()
     finished: tuple[tuple[int, int, int], ...] = ()
+    steps: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +279,7 @@ class _LayerState:
         "ntasks",
         "parts",
         "remaining",
+        "steps",
         "task_s",
         "waits_for",
     )
@@ -277,6 +289,7 @@ class _LayerState:
         self.layer = layer
         self.ntasks = layer.ntasks
         self.finished = IntervalSet()
+        self.steps: dict[int, int] = {}  # task -> the first step still to do
         self.parts: list[list[int]] = []  # made when opened: [lo, hi) per slot
         self.again: list[tuple[int, int]] = []  # ranges given back by a death, first to be handed out
         self.remaining = layer.ntasks  # in parts and again
@@ -292,6 +305,22 @@ class _LayerState:
         self.is_opened = True
         slots = nslots if self.layer.place == "worker" else 1
         self.parts = [[k * self.ntasks // slots, (k + 1) * self.ntasks // slots] for k in range(slots)]
+        if self.finished.count or self.steps:  # of an earlier run: what is left is handed out as what was given back is
+            self.parts = [[0, 0] for _ in self.parts]
+            size = -(-self.remaining // (4 * slots))  # small enough for everyone to have some
+            self.again = [(at, min(at + size, stop)) for start, stop in self.gaps() for at in range(start, stop, size)]
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """Return what is not finished; a task that some steps are done of stands alone."""
+        gaps, at = [], 0
+        alone = [(task, task + 1) for task in self.steps]
+        for start, stop in sorted([*self.finished, *alone]):
+            if at < start:
+                gaps.append((at, start))
+            at = stop
+        if at < self.ntasks:
+            gaps.append((at, self.ntasks))
+        return sorted([*gaps, *alone])
 
     def size(self, nslots: int) -> int:
         """Return how many tasks the next range should have."""
@@ -354,13 +383,31 @@ class _PlanState:
         self.deaths: dict[tuple[int, int], list[tuple[str, int]]] = {}
         self.ndeaths = 0
         self.unfinished: list[tuple[int, int, int]] = []
+        self._resume(event)
         for state in self.layers:
             for dependency in state.layer.dependencies:
                 self.layers[dependency.layer].consumers.append((state.index, dependency.requires is not None))
+            if not state.ntasks - state.finished.count:
+                continue
             for buffer in self.temporaries(state.layer):
                 self.buffer_users[buffer] = self.buffer_users.get(buffer, 0) + 1
             if not state.waits_for:
                 self._fresh_list(state.layer).append(state.index)
+
+    def _resume(self, event: Submitted) -> None:
+        """Enter what an earlier run has done."""
+        for index, start, stop in event.finished:
+            self.layers[index].finished.add(start, stop)
+            self.layers[index].remaining -= stop - start
+        for index, task, step in event.steps:
+            self.layers[index].steps[task] = step
+        for state in self.layers if event.finished else ():
+            state.is_opened = not state.remaining
+            self.unfinished_layers -= state.is_opened
+            state.waits_for = 0
+            for dependency in state.layer.dependencies:
+                needed = self.layers[dependency.layer]
+                state.waits_for += needed.remaining > 0 and (dependency.requires is None or not needed.finished.count)
 
     def temporaries(self, layer: Layer) -> set[int]:
         buffers = self.plan.buffers
@@ -438,11 +485,11 @@ class _PlanState:
         return state, start, stop
 
     def _take_own(self, state: _LayerState, slot: int, nslots: int) -> tuple[int, int] | None:
-        if state.again:
-            for at, (start, stop) in enumerate(state.again):
-                if self.is_ready(state.layer, start, stop):  # what was ready once stays ready
-                    del state.again[at]
-                    return start, stop
+        for at, (start, stop) in enumerate(state.again):
+            end = self.ready_prefix(state.layer, start, stop)
+            if end > start:
+                state.again[at : at + 1] = [(end, stop)] if end < stop else []
+                return start, end
         part = state.parts[slot]
         low, high = part
         if low == high:
@@ -478,6 +525,8 @@ class _PlanState:
         layer = state.layer
         if not layer.dependencies:
             return True
+        if state.finished.count or state.steps:
+            return any(self.is_ready(layer, start, start + 1) for start, _ in state.gaps())
         for k in range(slots):
             low, high = k * n // slots, (k + 1) * n // slots
             if low < high and (self.is_ready(layer, low, low + 1) or self.is_ready(layer, high - 1, high)):
@@ -526,6 +575,8 @@ class _PlanState:
             return
         is_first = not state.finished.count
         state.finished.add(start, stop)
+        for task in [t for t in state.steps if start <= t < stop] if state.steps else ():
+            del state.steps[task]
         is_last = state.finished.count == state.ntasks
         if is_first or is_last:
             for index, part_is_enough in state.consumers:
@@ -663,8 +714,7 @@ class State:
             return
         plan = piece.plan
         plan.finish(piece.layer, piece.start, event.task, commands)
-        if event.is_bound:
-            plan.unfinished.append((piece.layer.index, event.task, event.task + 1))
+        self._left_at(piece, event.task, event.step, event.is_bound)
         plan.fail(event.error, piece.layer.index, event.task)
         self._stop(plan, commands)
 
@@ -705,19 +755,36 @@ class State:
         plan.give_back(layer, cursor, cursor + 1)
         plan.give_back(layer, cursor + 1, piece.stop)
         deaths = plan.deaths.setdefault((layer.index, cursor), [])
+        # A death that came after some more steps were done says nothing against the next one.
+        if event.step > layer.steps.get(cursor, 0):
+            deaths.clear()
         deaths.append((event.reason, event.pid))
         # Who died while binding had written nothing: then it is run again even where that would be wrong later.
-        begun = [(layer.index, cursor, cursor + 1)] if event.is_bound else []
-        if begun and not layer.layer.retry:
-            plan.unfinished += begun
+        is_torn = event.is_bound and (event.step < 0 if layer.layer.in_place else not layer.layer.retry)
+        is_refused = len(deaths) >= MOST_DEATHS
+        if is_torn or is_refused or plan.is_stopping:
+            self._left_at(piece, cursor, event.step, event.is_bound)
+        elif layer.layer.in_place:
+            layer.steps[cursor] = event.step
+        if plan.is_stopping:
+            return
+        if is_torn:
             plan.fail(_torn(layer, cursor, event), layer.index, cursor)
             self._stop(plan, commands)
-        elif plan.is_stopping:
-            plan.unfinished += begun
-        elif len(deaths) >= MOST_DEATHS:
-            plan.unfinished += begun
+        elif is_refused:
             plan.fail(_refused(layer, cursor, deaths), layer.index, cursor)
             self._stop(plan, commands)
+
+    def _left_at(self, piece: _Range, task: int, step: int, is_bound: bool) -> None:
+        """Note how a task was left that is not finished: before one of its steps, or half done."""
+        layer = piece.layer
+        if not is_bound:
+            return
+        if layer.layer.in_place and step >= 0:
+            layer.steps[task] = step
+        else:
+            layer.steps.pop(task, None)
+            piece.plan.unfinished.append((layer.index, task, task + 1))
 
     def _stop(self, plan: _PlanState, commands: list[Command]) -> None:
         if not plan.is_stopping:
@@ -734,7 +801,8 @@ class State:
             assert plan.error is not None
             del self.plans[plan.plan_id]
             done = tuple((layer.index, start, stop) for layer in plan.layers for start, stop in layer.finished)
-            commands.append(PlanFailed(plan.plan_id, plan.error, *plan.error_at, tuple(sorted(plan.unfinished)), done))
+            steps = tuple((layer.index, task, step) for layer in plan.layers for task, step in sorted(layer.steps.items()) if step)
+            commands.append(PlanFailed(plan.plan_id, plan.error, *plan.error_at, tuple(sorted(plan.unfinished)), done, steps))
         elif not plan.unfinished_layers:
             del self.plans[plan.plan_id]
             self.turn.remove(plan.plan_id)
@@ -767,7 +835,7 @@ class State:
             queue.append(_Range(run_id, plan, layer, start, stop))
             plan.in_flight += 1
             layer.in_flight += stop - start
-            commands.append(SendRange(lane, run_id, plan_id, layer.index, start, stop))
+            commands.append(SendRange(lane, run_id, plan_id, layer.index, start, stop, layer.steps.get(start, 0)))
             if len(self.turn) > 1:  # fair: the plan just served goes to the end
                 self.turn.remove(plan_id)
                 self.turn.append(plan_id)

@@ -51,6 +51,10 @@ class Context(Protocol):
     def addresses(self) -> Mapping[int, Address]:
         """Where each buffer of the layer lies: those it reads and those it writes."""
 
+    @property
+    def redo(self) -> Any:
+        """The lane's `scheduler.redo.Redo`: what tasks of layers that are ``in_place`` write through."""
+
     def warn(self, category: str, message: str, line: str = "") -> None:
         """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
 
@@ -83,7 +87,8 @@ class Layer:
     """The family of tasks of one fused operation.
 
     ``place`` is "worker", or "driver" for work only the driver can do (reading a source that no worker reaches), or does sooner.
-    ``retry`` is False when a task reads what it writes, so that running it twice would be wrong.
+    ``in_place``: a task reads what it writes. It goes in steps through `Context.redo`, and after a death goes on where it was; any
+    other task is run again, unless ``retry`` is False, for one that must not be.
     ``nbytes_per_task`` is a hint of a task's cost (bytes moved, weighted); 0 means unknown, as for a user's function.
     ``describe(i)`` names a task in an error; ``line`` is the user's line ``file:number`` that built the expression.
     """
@@ -97,6 +102,7 @@ class Layer:
     nbytes_per_task: int = 0
     place: str = "worker"
     retry: bool = True
+    in_place: bool = False
     describe: Callable[[int], str] = _describe
     line: str = ""
 

@@ -5,16 +5,16 @@ what a task raises or of a function it cannot load; it is gone within millisecon
 Relies on inherited descriptors alone: a socket, a life socket, the arena, the control page.
 Never put here: choices (`scheduler.state`), allocation, anything that opens a port or a name.
 
-The control page, shared by the driver and all its workers (int64 words):
+The control file, shared by the driver and all its workers (int64 words, then the redo slots of `scheduler.redo`):
 
-    word 0..7            8..15            ...      8*(slots+1) ...
-    +----------------+ +----------------+         +--------------------------+
-    | slot 0         | | slot 1         |         | cancel words, by         |
-    | cursor, run id,| | cursor, run id,|         | plan id % CANCEL_WORDS   |
-    | binding        | | binding        |         |                          |
-    +----------------+ +----------------+         +--------------------------+
-      written by that worker alone, read by          written by the driver alone: the id of a
-      the driver only after the worker's death       plan that stops, looked at between tasks
+    word 0..7            8..15            ...      8*(slots+1) ...               a page
+    +----------------+ +----------------+         +--------------------------+  +-------------+ +-------------+
+    | slot 0         | | slot 1         |         | cancel words, by         |  | redo slot 0 | | redo slot 1 |
+    | cursor, run id,| | cursor, run id,|         | plan id % CANCEL_WORDS   |  |             | |             |
+    | binding        | | binding        |         |                          |  |             | |             |
+    +----------------+ +----------------+         +--------------------------+  +-------------+ +-------------+
+      written by that worker alone, read by          written by the driver alone:  written by that worker alone, read by the
+      the driver only after the worker's death       the id of a plan that stops   driver only after the worker's death
 
 A driver sends pickled tuples over SOCK_SEQPACKET; a message longer than a packet goes as several, each with one byte in front
 that says whether more follow. The descriptors are those of one process pair, so unpickling is as safe as the user's own code.
@@ -47,6 +47,7 @@ import numpy as np
 
 from scheduler import faults
 from scheduler.errors import TaskError
+from scheduler.redo import NOT_BEGUN, SLOT_NBYTES, Redo, pack
 from scheduler.segments import Memory
 from scheduler.task import Address, Layer
 
@@ -56,7 +57,6 @@ IN_WORKER = False  # True in a worker process: a nested run then happens inline
 
 CANCEL_WORDS = 1024
 WORDS_PER_SLOT = 8  # 64 bytes: no two workers write one cache line
-NOT_BEGUN = -1
 PACKET_NBYTES = 1 << 16
 MOST_KERNELS = 256
 MOST_KERNEL_NBYTES = 64 << 20
@@ -74,11 +74,12 @@ Warned = tuple[str, str, str]
 class TaskContext:
     """What a kernel is bound to: memory, where its buffers lie, and where its warnings go. One per thread or process."""
 
-    __slots__ = ("_warnings", "addresses", "memory")
+    __slots__ = ("_warnings", "addresses", "memory", "redo")
 
-    def __init__(self, memory: Memory, addresses: Mapping[int, Address], warned: dict[Warned, None]) -> None:
+    def __init__(self, memory: Memory, addresses: Mapping[int, Address], warned: dict[Warned, None], redo: Redo) -> None:
         self.memory = memory
         self.addresses = addresses
+        self.redo = redo
         self._warnings = warned  # an ordered set
 
     def warn(self, category: str, message: str, line: str = "") -> None:
@@ -169,10 +170,20 @@ class KernelCache:
             self.nbytes -= self._held.popitem(last=False)[1][0]
 
 
-def control_nbytes(slots: int) -> int:
-    """Return the size of the control page."""
+def _words_nbytes(slots: int) -> int:
     nbytes = 8 * (WORDS_PER_SLOT * (slots + 1) + CANCEL_WORDS)
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def control_nbytes(slots: int) -> int:
+    """Return the size of the control file."""
+    return _words_nbytes(slots) + slots * SLOT_NBYTES
+
+
+def redo_of(control: mmap.mmap, words: memoryview, slots: int, slot: int) -> Redo:
+    """Return the cursor and the redo slot of a worker."""
+    room = np.frombuffer(control, np.uint8, SLOT_NBYTES, _words_nbytes(slots) + slot * SLOT_NBYTES)
+    return Redo(words, WORDS_PER_SLOT * slot, room)
 
 
 def cancel_word(slots: int, plan_id: int) -> int:
@@ -199,6 +210,7 @@ class _Process:
     """A worker process: one thread, one socket, ranges one after the other."""
 
     def __init__(self, link: socket.socket, words: memoryview, slot: int) -> None:
+        self.redo: Redo
         self.link = link
         self.words = words
         self.slot = slot
@@ -233,13 +245,13 @@ class _Process:
             message = self.receive()
             if message is None:
                 return
-            _, run_id, plan_id, layer, start, stop, setup, path, forget = message
+            _, run_id, plan_id, layer, start, stop, step, setup, path, forget = message
             for old in forget:
                 for key in [k for k in self.bound if k[0] == old]:
                     del self.bound[key]
             if path is not None:
                 self.move_to(*path)
-            self.run(run_id, plan_id, layer, start, stop, setup)
+            self.run(run_id, plan_id, layer, start, stop, step, setup)
 
     def move_to(self, path: list[str], directory: str) -> None:
         """Take over where the driver finds modules and relative paths."""
@@ -247,15 +259,15 @@ class _Process:
         with contextlib.suppress(OSError):  # the driver stands in a directory that is gone: so do we, in another
             os.chdir(directory)
 
-    def run(self, run_id: int, plan_id: int, layer: int, start: int, stop: int, setup: Any) -> None:
-        words = self.words
+    def run(self, run_id: int, plan_id: int, layer: int, start: int, stop: int, step: int, setup: Any) -> None:
+        words, redo = self.words, self.redo
         cursor = WORDS_PER_SLOT * self.slot
         cancel = cancel_word(self.slots, plan_id)
         # Never (this run id, an old cursor): the driver would charge a task that was not begun.
         words[cursor] = NOT_BEGUN
         words[cursor + 1] = run_id
         words[cursor + 2] = is_binding = 1  # until then nothing was written
-        words[cursor] = start  # before bind: a function that kills whoever loads it must be charged too
+        words[cursor] = pack(start, step)  # before bind: a function that kills whoever loads it must be charged too
         failed: tuple[int, BaseException] | None = None
         task = start
         warned: dict[Warned, None] = {}
@@ -270,13 +282,14 @@ class _Process:
                 for task in range(start, stop):
                     if words[cancel] == plan_id or _forked:
                         break
-                    words[cursor] = task
+                    redo.begin(task, step if task == start else 0)
                     faults.point("task")
                     function(task)
                     faults.point("ran")
                 else:
                     # All done: should this process die before the driver hears of it, nothing has to run again.
-                    words[cursor] = task = stop
+                    task = stop
+                    words[cursor] = pack(stop)
             except BaseException as error:
                 failed = task, error
         if _forked:  # a task forked, and the child came back here: neither socket nor tasks are its own
@@ -289,7 +302,7 @@ class _Process:
         _flush()
         faults.point("reply")
         if failed is not None:
-            self.send(("failed", run_id, failed[0], not is_binding, *_luggage(failed[1]), told))
+            self.send(("failed", run_id, failed[0], settled(redo, self.memory), not is_binding, *_luggage(failed[1]), told))
         elif task < stop:
             self.send(("stopped", run_id, task, told))
         else:
@@ -315,12 +328,24 @@ class _Process:
                     raise
                 entry[0] = b""
             warned: dict[Warned, None] = {}
-            context = TaskContext(self.memory, {b: Address(*a) for b, a in addresses.items()}, warned)
+            context = TaskContext(self.memory, {b: Address(*a) for b, a in addresses.items()}, warned, self.redo)
             self.bound[key] = entry[1].bind(context), warned
         function, warned = self.bound[key]
         if function is None:
             raise TaskError("the function of this layer could not be loaded in this worker, as an earlier error says")
         return function, warned
+
+
+def settled(redo: Redo, memory: Memory) -> int:
+    """Return the first step of a lane's task that is still to do, after an exception in it; -1: its target is torn."""
+    while True:
+        try:
+            found = redo.settle(memory)
+            return 0 if found is None else found[1]
+        except KeyboardInterrupt:
+            continue  # it was told already: once more, for what is settled halfway is torn
+        except Exception:
+            return -1  # the target cannot be written at all
 
 
 def _flush() -> None:
@@ -403,7 +428,8 @@ def main(arguments: Sequence[str]) -> None:
     control = mmap.mmap(control_fd, os.fstat(control_fd).st_size)
     os.close(control_fd)
     link = socket.socket(fileno=link_fd)
-    process = _Process(link, memoryview(control).cast("q"), slot)
+    words = memoryview(control).cast("q")
+    process = _Process(link, words, slot)
     hello = process.receive()
     if hello is None:
         return
@@ -414,6 +440,7 @@ def main(arguments: Sequence[str]) -> None:
         else:
             os.environ[name] = value
     process.slots = slots
+    process.redo = redo_of(control, words, slots, slot)
     process.move_to(path, directory)
     arena = mmap.mmap(arena_fd, arena_nbytes, flags=mmap.MAP_SHARED)
     os.close(arena_fd)

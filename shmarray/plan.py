@@ -219,7 +219,7 @@ class _LayerDraft:
     reads: dict[int, None] = field(default_factory=dict)
     writes: dict[int, None] = field(default_factory=dict)
     dependencies: list[Dependency] = field(default_factory=list)
-    retry: bool = True
+    in_place: bool = False
     own_nbytes: int = 0  # what a task is worth without what is made within it, which may be unknown
     is_made: bool = False  # part of what it reads is made within its tasks, of loads of any shape
     beside: frozenset[int] = frozenset()  # earlier layers that write other parts of the same buffers
@@ -809,7 +809,7 @@ class _Builder:
                 if other not in draft.beside:
                     after[other] = None
         # What overlaps its target elsewhere was computed aside (`_conflicting`): only a task that reads where it writes is left.
-        draft.retry = not set(draft.loads) & set(draft.stores)
+        draft.in_place = bool(set(draft.loads) & set(draft.stores))
         draft.dependencies = [Dependency(layer, requires) for layer, requires in sorted(after.items(), key=lambda kv: kv[0])]
         self.layers.append(draft)
         for buffer in draft.reads:
@@ -886,7 +886,7 @@ class _Builder:
                     dependencies=tuple(draft.dependencies),
                     nbytes_per_task=draft.nbytes_per_task,
                     place=draft.place,
-                    retry=draft.retry,
+                    in_place=draft.in_place,
                     describe=describe,
                     line=draft.line,
                 )

@@ -20,6 +20,7 @@ SCHEDULER = """
 __init__ executors.__init__ errors faults limits
 task
 state segments extents results locks
+redo
 worker
 running
 pool

@@ -8,22 +8,37 @@ means (`ops`).
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from scheduler.redo import DATA_NBYTES, Redo
 from scheduler.segments import Remote
 from scheduler.task import Context
 from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Store
 from shmarray.ops.table import row_for
 from shmarray.region import Box
-from shmarray.tiles import Grid, blocks
+from shmarray.tiles import Grid, blocks, slab_sizes
 
-__all__ = ["Evaluator", "Made", "MapKernel", "Staged", "Tiled", "fill_reader", "open_window", "put", "stage"]
+__all__ = [
+    "Evaluator",
+    "Made",
+    "MapKernel",
+    "Redone",
+    "Staged",
+    "Tiled",
+    "fill_reader",
+    "open_window",
+    "put",
+    "run_step",
+    "stage",
+    "step_sizes",
+]
 
 NDArray = np.ndarray[Any, Any]
 Window = NDArray | Remote
@@ -107,6 +122,36 @@ class Staged(Tiled):
         self.window[tile].write(self.tile)
 
 
+class Redone(Tiled):
+    """An operand that is read where it is written: the results of a step go into the redo slot, and over it when they are whole."""
+
+    __slots__ = ("memory", "segment", "window")
+
+    def __init__(self, window: Window, operand: Operand, context: Context) -> None:
+        super().__init__(operand.shape, operand.dtype)
+        self.window = window
+        self.segment = context.addresses[operand.buffer].segment
+        self.memory = context.memory
+
+    def begin(self, redo: Redo, number: int, step: Box, room: NDArray) -> None:
+        """Take ``room``, in the slot, for the results of a step; record ``number`` says where they belong."""
+        self.origin = tuple([piece.start for piece in step])
+        self.tile = room
+        redo.record(number, self.memory, self.segment, self.window[step], room)
+
+    def flush(self, step: Box) -> None:
+        put(self.window, step, self.tile)
+
+
+def run_step(redo: Redo, targets: Sequence[Redone], step: Box, compute: Callable[[], object]) -> None:
+    """Have the results of a step computed into the slot, then brought to the targets: exactly once, whoever dies."""
+    shape = tuple([piece.stop - piece.start for piece in step])
+    for number, (target, room) in enumerate(zip(targets, redo.room([shape] * len(targets), [t.dtype for t in targets]), strict=True)):
+        target.begin(redo, number, step, room)
+    compute()
+    redo.commit(len(targets), [target.flush for target in targets], step)
+
+
 class Made(Tiled):
     """An operand made within the task, tile by tile, by its source."""
 
@@ -140,6 +185,7 @@ class Evaluator:
     """A program bound to one process's memory: `run` executes it on a block and leaves the registers in a list.
 
     ``results``: registers that are read from there, which no later step may write over. ``made``: operands whose tiles the caller fetches.
+    ``updated``: those whose results the caller takes from `targets`, block by block.
     """
 
     def __init__(
@@ -149,6 +195,7 @@ class Evaluator:
         tile_items: int = 0,
         results: Iterable[int] = (),
         made: Mapping[int, Tiled] = MappingProxyType({}),
+        updated: Iterable[int] = (),
     ) -> None:
         self.program = program
         self.context = context
@@ -165,6 +212,11 @@ class Evaluator:
                 if isinstance(window, Remote) and not (k in stored_to and k in loaded):
                     staged = self.windows[k] = Staged(window)
                     (self.flushed if k in stored_to else self.fetched).append(staged)
+        # Where results go, operand by operand: for those that are updated not where they are read.
+        self.places = self.windows.copy()
+        self.targets = [Redone(open_window(context, program.operands[k]), program.operands[k], context) for k in updated]
+        for k, target in zip(updated, self.targets, strict=True):
+            self.places[k] = target
         self.layouts: dict[tuple[int, ...], Values] = {}
         self.current = ("", "")  # (operation, user's line) that runs now, for warnings
         self.slots = _assign_slots(program, results)
@@ -247,7 +299,7 @@ class Evaluator:
         target = self.program.operands[operand]
         info = self.program.registers[register]
         return (
-            isinstance(self.windows[operand], (np.ndarray, Staged))
+            isinstance(self.places[operand], (np.ndarray, Staged, Redone))
             and row_for(step.name).in_place
             and info.dtype == target.dtype
             and all(varies or n == 1 for varies, n in zip(info.varies, self.program.shape, strict=True))
@@ -304,7 +356,7 @@ class Evaluator:
         function, outs = row_for(step.name).function, step.outs
         kwargs = dict(step.params)
         args = step.args
-        windows = {register: self.windows[operand] for register, operand in targets.items()}
+        windows = {register: self.places[operand] for register, operand in targets.items()}
         single = len(outs) == 1
         label = ({"astype": "cast"}.get(step.name, step.name.removeprefix("masked:")), step.line)
         state = {kind: {"warn": "call", "log": "call", "print": "call"}.get(mode, mode) for kind, mode in step.errstate}
@@ -361,7 +413,7 @@ class Evaluator:
         return binary
 
     def _store(self, step: Store) -> Callable[[Values, Box], None]:
-        window, register = self.windows[step.operand], step.register
+        window, register = self.places[step.operand], step.register
 
         def store(values: Values, box: Box) -> None:
             put(window, box, values[register])
@@ -468,8 +520,11 @@ class MapKernel:
 
     def bind(self, context: Context) -> Callable[[int], None]:
         grid = self.grid
-        evaluator = Evaluator(self.program, context, math.prod(grid.sizes))
+        updated = self.program.updated
+        evaluator = Evaluator(self.program, context, math.prod(grid.sizes), updated=updated)
         sizes = grid.block_sizes
+        if updated:
+            return self._in_place(evaluator, context.redo)
 
         def run(index: int) -> None:
             tile = grid.box(index)
@@ -480,3 +535,24 @@ class MapKernel:
                 evaluator.end(tile)
 
         return run
+
+    def _in_place(self, evaluator: Evaluator, redo: Redo) -> Callable[[int], None]:
+        grid, targets = self.grid, evaluator.targets
+        sizes = step_sizes(grid, [target.dtype.itemsize for target in targets])
+
+        def run(index: int) -> None:
+            tile = grid.box(index)
+            evaluator.begin(tile)
+            with evaluator.errstate():
+                for block in itertools.islice(blocks(tile, sizes), redo.first_step, None):
+                    run_step(redo, targets, block, lambda block=block: evaluator.run(block))  # type: ignore[misc]  # a lambda's default
+                evaluator.end(tile)
+
+        return run
+
+
+def step_sizes(grid: Grid, itemsizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of the steps of an update in place: cache blocks whose results fit the redo slot."""
+    most = DATA_NBYTES // sum(itemsizes)
+    sizes = grid.block_sizes
+    return sizes if math.prod(sizes) <= most else slab_sizes(sizes, max(1, most))

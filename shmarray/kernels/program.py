@@ -155,6 +155,13 @@ class Program:
         """The operands that are written."""
         return tuple(self.operands[step.operand] for step in self.steps if isinstance(step, Store))
 
+    @property
+    def updated(self) -> tuple[int, ...]:
+        """The operands, by number, that are written where the program reads: what makes a layer one that works in place."""
+        read = set(self.loads)
+        stored = dict.fromkeys(step.operand for step in self.steps if isinstance(step, Store))
+        return tuple(k for k in stored if self.operands[k] in read)
+
     def permuted(self, order: tuple[int, ...]) -> Program:
         """Return the same program with its axes in another order: axis k of the result is axis ``order[k]``."""
         steps = tuple(

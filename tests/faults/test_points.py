@@ -18,8 +18,8 @@ import scheduler.faults
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800 if SOAK_MINUTES else 120)]
 
-WORKER = ("start", "hello", "bind", "bound", "task", "ran", "reply", "replied")
-DRIVER = ("spawn", "send", "lock", "locked", "allocate", "bury", "buried", "settle", "return")
+WORKER = ("start", "hello", "bind", "bound", "task", "ran", "results", "copy", "half", "copied", "reply", "replied")
+DRIVER = ("spawn", "send", "lock", "locked", "allocate", "bury", "repair", "repaired", "buried", "settle", "return")
 FULL = ("allocate", "spawn")  # where a full disk, or memory, is to be expected
 PASSAGES = {"worker.start": 2, "worker.hello": 2, "driver.spawn": 2, "driver.allocate": 2, "driver.bury": 1, "driver.buried": 1}  # fewer
 MOST_PASSAGES = 60  # no point of the program is passed more often: beyond, something goes round in circles
