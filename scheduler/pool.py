@@ -339,17 +339,22 @@ class _Loop:
         with self._gate:
             self._is_closing = True
         try:
-            for plan_id in list(self.tickets):
-                self._feed(CancelRequested(plan_id, error))
+            with contextlib.suppress(Exception):  # the bug that ends us may strike again: the workers must go all the same
+                for plan_id in list(self.tickets):
+                    self._feed(CancelRequested(plan_id, error))
             self._end_members()
         finally:
             self._is_over = True
             for plan_id, ticket in list(self.tickets.items()):
                 ticket.running.is_stopping = True
+                failure = PlanFailed(plan_id, error)
+                with contextlib.suppress(Exception):  # it may be the state that has the bug
+                    failure = self.state.abandoned(plan_id, error)
                 with contextlib.suppress(Exception):  # one that cannot be closed must not keep the others waiting
-                    self._settle(plan_id, PlanFailed(plan_id, error))
+                    self._settle(plan_id, failure)
             while self.inbox:
                 self.inbox.popleft()()  # a plan submitted meanwhile: `submit` sees that we are closing
+            self.events.clear()  # what a bug left undone: the error in it refers to its callers, and so to the pool
             with self._gate:
                 self._close_descriptors()
 
@@ -375,8 +380,9 @@ class _Loop:
             if select.select([member.pidfd], [], [], left)[0] if member.pidfd < 1024 else _poll(member.pidfd, left):
                 code = member.process.poll()
                 if member.has_joined:  # what it did in place is done, though the plan fails
-                    self._listen(member)
-                    self._lose(member, describe_exit(code))
+                    with contextlib.suppress(Exception):  # as in `_end`
+                        self._listen(member)
+                        self._lose(member, describe_exit(code))
                 member.close()
                 del self.members[slot]
 
@@ -638,6 +644,16 @@ class _Loop:
         self._start(slot)
 
 
+def _tell_left(error: BaseException, ticket: Ticket) -> None:
+    """Put on the error of a caller that goes away what may be half done: everything, while workers may still be at it."""
+    failure = ticket.failure
+    if not ticket.done.is_set:
+        begun = tuple((index, 0, layer.ntasks) for index, layer in enumerate(ticket.running.plan.layers))
+        failure = PlanFailed(ticket.running.plan_id, error, unfinished=begun)
+    if failure is not None:
+        tell_ranges(error, failure)
+
+
 def _finish(ticket: Ticket) -> None:
     try:
         ticket.running.close()
@@ -734,8 +750,8 @@ class WorkerPool:
 
     @property
     def is_over(self) -> bool:
-        """Whether its loop has ended: closed, or by a bug that the plans of then were told of."""
-        return self._loop._is_over
+        """Whether its loop takes nothing more: closed, or ended by a bug that the plans of then are told of."""
+        return self._loop._is_closing
 
     def run(self, running: Running, kernels: Mapping[int, tuple[bytes, bytes]]) -> Report:
         """Run a plan and wait for it; raise what it raised. Closes ``running`` in any case, if need be later."""
@@ -749,10 +765,14 @@ class WorkerPool:
             ticket.done.wait()
         except BaseException as error:  # Ctrl-C, most likely
             reason = error if isinstance(error, Exception) else type(error)()
-            # A loop that is closed knows already, and ends the plan when nobody works at it any more.
-            told = loop.post(lambda: loop.abandon(ticket, reason))
-            if told and ticket.done.wait(GIVE_UP_AFTER_S) and ticket.failure is not None:
-                tell_ranges(error, ticket.failure)
+            try:
+                # A loop that is closed knows already, and ends the plan when nobody works at it any more.
+                if loop.post(lambda: loop.abandon(ticket, reason)):
+                    ticket.done.wait(GIVE_UP_AFTER_S)
+            except BaseException as again:
+                _tell_left(again, ticket)
+                raise
+            _tell_left(error, ticket)
             raise
         if ticket.failure is not None:
             _stay_out_of_the_exit()
