@@ -51,7 +51,6 @@ from scheduler.running import (
     raise_failure,
     set_inline,
     start_thread,
-    tell_ranges,
 )
 from scheduler.segments import Memory
 from scheduler.state import (
@@ -70,7 +69,6 @@ from scheduler.state import (
     StartWorker,
     State,
     StopPlan,
-    Submitted,
     WorkerJoined,
     WorkerLost,
     WorkerNotStarted,
@@ -395,7 +393,7 @@ class _Loop:
             _finish(ticket)
             return
         self.tickets[running.plan_id] = ticket
-        self._feed(Submitted(running.plan_id, running.plan, running.room_nbytes))
+        self._feed(running.submission())
 
     def abandon(self, ticket: Ticket, reason: BaseException) -> None:
         """Cancel a plan whose caller goes away. Comes after its `submit` if there was one: the inbox keeps order."""
@@ -404,6 +402,7 @@ class _Loop:
             self._feed(CancelRequested(plan_id, reason))
             self._after(KILL_AFTER_S, lambda: self._kill_busy(plan_id))
         elif not ticket.done.is_set:  # the Ctrl-C came before it was in the inbox
+            ticket.failure = PlanFailed(plan_id, reason)
             _finish(ticket)
 
     def _kill_busy(self, plan_id: int) -> None:
@@ -644,19 +643,9 @@ class _Loop:
         self._start(slot)
 
 
-def _tell_left(error: BaseException, ticket: Ticket) -> None:
-    """Put on the error of a caller that goes away what may be half done: everything, while workers may still be at it."""
-    failure = ticket.failure
-    if not ticket.done.is_set:
-        begun = tuple((index, 0, layer.ntasks) for index, layer in enumerate(ticket.running.plan.layers))
-        failure = PlanFailed(ticket.running.plan_id, error, unfinished=begun)
-    if failure is not None:
-        tell_ranges(error, failure)
-
-
 def _finish(ticket: Ticket) -> None:
     try:
-        ticket.running.close()
+        ticket.running.close(ticket.failure)
     finally:
         ticket.done.set()
 
@@ -759,20 +748,16 @@ class WorkerPool:
         loop = self._loop
         try:
             if not loop.post(lambda: loop.submit(ticket)):
-                running.close()
+                closed = PoolClosed("the pool is closed, or was made before a fork; make a new one.")
+                running.close(PlanFailed(running.plan_id, closed))
                 _stay_out_of_the_exit()
-                raise PoolClosed("the pool is closed, or was made before a fork; make a new one.")
+                raise closed
             ticket.done.wait()
         except BaseException as error:  # Ctrl-C, most likely
             reason = error if isinstance(error, Exception) else type(error)()
-            try:
-                # A loop that is closed knows already, and ends the plan when nobody works at it any more.
-                if loop.post(lambda: loop.abandon(ticket, reason)):
-                    ticket.done.wait(GIVE_UP_AFTER_S)
-            except BaseException as again:
-                _tell_left(again, ticket)
-                raise
-            _tell_left(error, ticket)
+            # A loop that is closed knows already, and ends the plan when nobody works at it any more.
+            if loop.post(lambda: loop.abandon(ticket, reason)):
+                ticket.done.wait(GIVE_UP_AFTER_S)
             raise
         if ticket.failure is not None:
             _stay_out_of_the_exit()

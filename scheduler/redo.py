@@ -68,15 +68,19 @@ class Redo:
 
     __slots__ = ("_memory", "_task", "cursor", "first_step", "header", "slot", "start", "step", "words")
 
-    def __init__(self, words: memoryview, cursor: int, slot: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def __init__(self, words: memoryview, cursor: int, slot: np.ndarray[Any, np.dtype[np.uint8]] | None = None) -> None:
+        """``slot`` None: one of this process, as large as it has to be."""
         self.words = words
         self.cursor = cursor
-        self.slot = slot
-        self.start = address_of(slot)
-        self.header = slot[:HEADER_NBYTES].view(np.int64)
+        self._attach(np.empty(0, np.uint8) if slot is None else slot)
         self.first_step = self.step = 0
         self._task = 0
         self._memory: Memory | None = None  # of the latest record: for a fault in the middle of a copy alone
+
+    def _attach(self, slot: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        self.slot = slot
+        self.start = address_of(slot)
+        self.header = slot[:HEADER_NBYTES].view(np.int64)
 
     def begin(self, task: int, step: int = 0) -> None:
         """Say which task runs now, and from which step on."""
@@ -86,11 +90,14 @@ class Redo:
 
     def room(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> list[np.ndarray[Any, Any]]:
         """Return arrays in the slot for the results of one step."""
-        arrays, at = [], HEADER_NBYTES
+        starts, at = [], HEADER_NBYTES
         for shape, dtype in zip(shapes, dtypes, strict=True):
-            arrays.append(np.ndarray(shape, dtype, self.slot, at))
+            starts.append(at)
             at += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        return arrays
+        if at > self.slot.nbytes:
+            assert at <= SLOT_NBYTES, f"a step of {shapes} does not fit the redo slot"
+            self._attach(np.empty(at, np.uint8))
+        return [np.ndarray(shape, dtype, self.slot, start) for shape, dtype, start in zip(shapes, dtypes, starts, strict=True)]
 
     def record(self, number: int, memory: Memory, segment: int, place: Any, array: np.ndarray[Any, Any]) -> None:
         """Note that ``array``, in the slot, belongs over ``place``: an array over the bytes, or what copies them.

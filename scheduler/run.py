@@ -27,7 +27,7 @@ from scheduler.locks import process_locks
 from scheduler.pool import WorkerPool, can_start_workers
 from scheduler.running import Room, is_inline
 from scheduler.segments import Arena, Memory, permit_workers
-from scheduler.task import Plan, Report
+from scheduler.task import Outcome, Plan, Report
 
 __all__ = ["Pool", "PoolStatistics", "configure_default", "default_pool"]
 
@@ -90,12 +90,12 @@ class Pool:
 
     # -- running
 
-    def run(self, plan: Plan, executor: str | None = None) -> Report:
+    def run(self, plan: Plan, executor: str | None = None, outcome: Outcome | None = None) -> Report:
         """Run a plan to its end and return its report; raise what its first failing task raised.
 
-        ``executor`` None: "synchronous" for tiny work that calls no user function, else "processes". An error carries notes
-        (task, user's line, remote traceback) and ``unfinished``: the ranges (layer, start, stop) that were begun but are not
-        known to be done, and ``finished``: those that are; others were not begun. KeyboardInterrupt comes within a second.
+        ``executor`` None: "synchronous" for tiny work that calls no user function, else "processes". An error carries notes:
+        task, user's line, remote traceback. ``outcome`` then says what was done; a plan with its progress goes on from
+        there. KeyboardInterrupt comes within a second.
         """
         self._require_open()
         module = self._executor(plan, executor)
@@ -103,7 +103,7 @@ class Pool:
         self._plans += 1  # a lost count under a race of threads would harm nobody
         try:
             self._local.depth = depth + 1
-            report: Report = module.run(self, plan)
+            report: Report = module.run(self, plan, outcome or Outcome())
             faults.point("return")
             return report
         finally:
@@ -178,6 +178,12 @@ class Pool:
         with self._mutex:
             extent.free()
             self._temporaries.discard(extent.identity)
+
+    def keep_temporary(self, extent: Extent) -> Extent:
+        """Let the holder of a temporary have it for good; return it."""
+        with self._mutex:
+            self._temporaries.discard(extent.identity)
+        return extent
 
     def admit(self, plan: Plan) -> tuple[int | None, Room | None]:
         """Return (the room for the plan's temporaries, what is reserved for it); wait while other plans leave too little.

@@ -6,17 +6,14 @@ Relies on `scheduler.state` for words and `scheduler.worker` for the context. Ne
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from scheduler import faults
-from scheduler.redo import SLOT_NBYTES, Redo
+from scheduler.redo import NOT_BEGUN, Redo, unpack
 from scheduler.segments import Memory
 from scheduler.state import (
     Event,
@@ -25,8 +22,9 @@ from scheduler.state import (
     RangeFinished,
     RangeStopped,
     SendRange,
+    Submitted,
 )
-from scheduler.task import ARENA, Address, Plan, Report
+from scheduler.task import ARENA, Address, Outcome, Plan, Progress, Report
 from scheduler.worker import TaskContext, annotate, contain, settled, unpack_error
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ __all__ = [
     "raise_failure",
     "set_inline",
     "start_thread",
-    "tell_ranges",
 ]
 
 GIVE_UP_AFTER_S = 0.8  # waiting for a cancelled plan: what is left ends in the background
@@ -125,6 +122,8 @@ class Host(Protocol):
 
     def free_temporary(self, extent: Extent) -> None: ...
 
+    def keep_temporary(self, extent: Extent) -> Extent: ...
+
 
 class Running:
     """All that a plan holds while it runs: its locks, its room, its temporaries, the warnings of its tasks.
@@ -132,14 +131,16 @@ class Running:
     Written by whoever drives the state machine. ``close`` may be called from any thread, more than once.
     """
 
-    def __init__(self, host: Host, plan: Plan) -> None:
+    def __init__(self, host: Host, plan: Plan, outcome: Outcome) -> None:
         self.plan = plan  # and with it ``plan.keep``
+        self.outcome = outcome
         self.plan_id = next(_plan_ids)
         self.host = host
         self.is_stopping = False  # read by lanes in this process between tasks
         self.warnings: dict[tuple[str, str, str], None] = {}
         self.addresses: dict[int, Address] = {i: b.address for i, b in enumerate(plan.buffers) if b.address is not None}
-        self.temporaries: dict[int, Extent] = {}
+        self.temporaries: dict[int, Extent] = dict(plan.progress.temporaries) if plan.progress else {}
+        self.addresses.update({buffer: Address(ARENA, extent.offset) for buffer, extent in self.temporaries.items()})
         # Locks before room: who waits for room holds its locks, who has room waits for nothing. The other way round two
         # plans could wait for each other.
         faults.point("lock")
@@ -152,8 +153,14 @@ class Running:
                 self.hold.release()
             raise
 
+    def submission(self) -> Submitted:
+        """Return what the state machine is told of the plan."""
+        done = self.plan.progress or Progress()
+        return Submitted(self.plan_id, self.plan, self.room_nbytes, done.finished, done.steps)
+
     def open(self, index: int) -> None:
-        """Allocate what the layer touches and has no address yet."""
+        """Allocate what the layer touches and has no address yet. Comes before the first of its tasks."""
+        self.outcome.began = True
         layer = self.plan.layers[index]
         for buffer in (*layer.reads, *layer.writes):
             if buffer not in self.addresses:
@@ -170,8 +177,17 @@ class Running:
         layer = self.plan.layers[index]
         return {b: self.addresses[b] for b in (*layer.reads, *layer.writes)}
 
-    def close(self) -> None:
-        """Let everything go. Only when no lane can run a task of this plan any more."""
+    def close(self, failure: PlanFailed | None = None) -> None:
+        """Let everything go. Only when no lane can run a task of this plan any more; ``failure``: how it ended, if not well."""
+        outcome = self.outcome
+        if outcome.began and not outcome.finished and outcome.progress is None:
+            if failure is None:
+                outcome.finished = True
+            else:
+                # What was computed stays with whoever holds the outcome, so that the plan can go on.
+                kept = {b: self.host.keep_temporary(extent) for b, extent in self.temporaries.items()}
+                outcome.progress = Progress(failure.finished, failure.steps, failure.unfinished, kept)
+                self.temporaries.clear()
         # Each step may be done twice: cut short by a Ctrl-C, whoever closes it next, or the garbage collector, does the rest.
         while self.temporaries:
             self.host.free_temporary(self.temporaries.popitem()[1])
@@ -190,13 +206,18 @@ class Lane:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.bound: dict[tuple[int, int], Callable[[int], None]] = {}
-        self.redo = Redo(np.zeros(1, np.int64).data, 0, np.empty(SLOT_NBYTES, np.uint8))  # untouched memory costs nothing
+        self.redo = Redo(memoryview(bytearray(8)).cast("q"), 0)
+        # What `account` goes by; the cursor is that of the last command.
+        self.command: SendRange | None = None
+        self.done: list[SendRange] = []
 
     def run(self, running: Running, command: SendRange, *, interruptible: bool = False) -> Event:
         """Run a range; return what is to be told to the state. ``interruptible``: a Ctrl-C is the user's, not the task's."""
         task = command.start
         is_bound = False
         began = time.perf_counter()
+        self.redo.words[0] = NOT_BEGUN
+        self.command = command
         try:
             key = command.plan_id, command.layer
             faults.point("bind")
@@ -219,9 +240,30 @@ class Lane:
                 return RangeFailed(command.worker, command.run_id, task, told, is_bound, settled(self.redo, self.memory))
             finally:
                 del told  # its traceback holds this frame: in a circle they would keep the plan's arrays until a collection
+        self.done.append(command)
         return RangeFinished(command.worker, command.run_id, time.perf_counter() - began)
 
+    def account(self, running: Running, error: BaseException) -> PlanFailed:
+        """Return what this lane, the only one of a plan, has done of it until ``error`` cut it short."""
+        plan = running.plan
+        before = plan.progress or Progress()
+        finished = {*before.finished, *((c.layer, c.start, c.stop) for c in self.done)}
+        steps = {(layer, task): step for layer, task, step in before.steps}
+        unfinished = []
+        command = self.command
+        if command is not None and command not in self.done and self.redo.words[0] != NOT_BEGUN:
+            task, step = unpack(self.redo.words[0])[0], settled(self.redo, self.memory)
+            if task > command.start:
+                finished.add((command.layer, command.start, task))
+            if plan.layers[command.layer].in_place and step >= 0:
+                steps[command.layer, task] = step
+            else:
+                unfinished.append((command.layer, task, task + 1))
+        left = [(i, t, s) for (i, t), s in steps.items() if s and not any(i == j and a <= t < b for j, a, b in finished)]
+        return PlanFailed(running.plan_id, error, -1, -1, tuple(unfinished), tuple(sorted(finished)), tuple(sorted(left)))
+
     def forget(self, plan_id: int) -> None:
+        self.done = [command for command in self.done if command.plan_id != plan_id]
         for key in [k for k in self.bound if k[0] == plan_id]:
             del self.bound[key]
 
@@ -234,22 +276,13 @@ class RemoteError(Exception):
         self.blob, self.summary, self.trace = blob, summary, trace
 
 
-def tell_ranges(error: BaseException, failure: PlanFailed) -> None:
-    """Put on an error which ranges of tasks (layer, start, stop) may be half done, and which are done."""
-    with contextlib.suppress(AttributeError):  # an exception class with a __setattr__ of its own
-        error.unfinished = list(failure.unfinished)  # type: ignore[attr-defined]  # documented in scheduler.run.Pool.run
-        error.finished = list(failure.finished)  # type: ignore[attr-defined]  # there, too
-        error.steps = list(failure.steps)  # type: ignore[attr-defined]  # there, too
-
-
 def raise_failure(plan: Plan, failure: PlanFailed) -> None:
-    """Raise what a plan failed with, saying where; ``unfinished`` on it: the ranges (layer, start, stop) begun but not done."""
+    """Raise what a plan failed with, saying where."""
     error, trace = failure.error, ""
     if isinstance(error, RemoteError):
         trace, error = error.trace, unpack_error(error.blob, error.summary)
     if failure.layer >= 0 and not isinstance(error, KeyboardInterrupt):
         annotate(error, plan.layers[failure.layer], failure.task, trace)
-    tell_ranges(error, failure)
     try:
         raise error
     finally:

@@ -393,6 +393,10 @@ class _PlanState:
                 self.buffer_users[buffer] = self.buffer_users.get(buffer, 0) + 1
             if not state.waits_for:
                 self._fresh_list(state.layer).append(state.index)
+        for state in self.layers if event.finished else ():
+            if state.is_opened:
+                self.live |= self.temporaries(state.layer) & set(self.buffer_users)
+        self.live_nbytes = sum(plan.buffers[b].nbytes for b in self.live)
 
     def _resume(self, event: Submitted) -> None:
         """Enter what an earlier run has done."""
@@ -680,7 +684,7 @@ class State:
         assert event.plan_id not in self.plans, event.plan_id
         plan = _PlanState(event)
         self.counts["plans"] += 1
-        if not plan.layers:
+        if not plan.unfinished_layers:  # no layers, or all done by an earlier run
             commands.append(PlanFinished(plan.plan_id))
             return
         self.plans[plan.plan_id] = plan
@@ -884,7 +888,7 @@ class State:
             mine = held.get((plan.plan_id, layer.index), [])
             left = [(a, b) for a, b in layer.parts if a < b] + layer.again
             if not layer.is_opened:
-                left = [(0, layer.ntasks)]
+                left = layer.gaps()
             assert layer.remaining == sum(b - a for a, b in left)
             assert layer.in_flight == sum(b - a for a, b in mine)
             everything = sorted([*layer.finished, *mine, *left])
@@ -907,7 +911,7 @@ class State:
                 live |= plan.temporaries(layer.layer)
         assert unfinished == plan.unfinished_layers
         assert users == {b: n for b, n in plan.buffer_users.items() if n}
-        assert plan.live == {b for b in live if plan.buffer_users[b]}
+        assert plan.live == {b for b in live if plan.buffer_users.get(b)}
         assert plan.live_nbytes == sum(plan.plan.buffers[b].nbytes for b in plan.live)
 
 

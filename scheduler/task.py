@@ -15,7 +15,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["ARENA", "DRIVER", "Address", "Buffer", "Context", "Dependency", "Kernel", "Layer", "LockRequest", "Plan", "Report"]
+__all__ = [
+    "ARENA",
+    "DRIVER",
+    "Address",
+    "Buffer",
+    "Context",
+    "Dependency",
+    "Kernel",
+    "Layer",
+    "LockRequest",
+    "Outcome",
+    "Plan",
+    "Progress",
+    "Report",
+]
 
 ARENA = 0  # offset counts from the start of the pool's arena
 DRIVER = 1  # offset is an address in the driver's private memory
@@ -116,12 +130,41 @@ class LockRequest(NamedTuple):
     mode: str
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a run that was cut short has done, and the next run of the plan goes on from.
+
+    ``finished``: ranges (layer, start, stop); ``steps``: (layer, task, first step to do) of tasks in place; ``unfinished``: ranges
+    that may be half done, and have to be run again. ``temporaries``: by buffer, the extents that hold what was computed.
+    """
+
+    finished: tuple[tuple[int, int, int], ...] = ()
+    steps: tuple[tuple[int, int, int], ...] = ()
+    unfinished: tuple[tuple[int, int, int], ...] = ()
+    temporaries: Mapping[int, Any] = field(default_factory=dict)
+
+
+class Outcome:
+    """How a run went, for whoever meets an exception of it, be it a Ctrl-C: filled in by whichever thread ends the plan.
+
+    ``began``: tasks may have run. ``progress``: what they have done, when the plan did not come to its end. None, though it
+    ``began`` and has not ``finished``: it is still running.
+    """
+
+    __slots__ = ("began", "finished", "progress")
+
+    def __init__(self) -> None:
+        self.began = self.finished = False
+        self.progress: Progress | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Layers in an order in which each depends only on earlier ones, and the buffers they use.
 
     ``scratch_nbytes`` is what one worker may need at once beside the buffers. ``isolated`` plans hold a user's function
-    and so never run in the driver by default. ``keep`` is held until the last task that might use it has ended.
+    and so never run in the driver by default. ``keep`` is held until the last task that might use it has ended. ``progress``: what an
+    earlier run has done.
     """
 
     buffers: tuple[Buffer, ...]
@@ -130,6 +173,7 @@ class Plan:
     isolated: bool = False
     locks: tuple[LockRequest, ...] = ()
     keep: tuple[Any, ...] = field(default=(), compare=False)
+    progress: Progress | None = None
     # By layer: (digest, pickle) of its kernel, made when first sent; plans made from one by `dataclasses.replace` share it.
     pickles: dict[int, tuple[bytes, bytes]] = field(default_factory=dict, compare=False, repr=False)
 

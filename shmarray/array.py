@@ -328,13 +328,14 @@ class Array(Handle):
         return mapped
 
     @contextlib.contextmanager
-    def lock(self, chunk: Any = None, mode: str = "w", timeout: float | None = None) -> Iterator[NDArray]:
+    def lock(self, chunk: Any = None, mode: str = "w", timeout: float | None = None, *, accept_torn: bool = False) -> Iterator[NDArray]:
         """Give chunk ``chunk`` of a stored array (None: all of it) as a live NumPy view, under its lock, for a ``with`` block.
 
         ``mode`` "w": one writer and nobody else; "r": readers together, the view is read-only. Others that touch these cells,
         computations as well, wait meanwhile; this thread does not wait for itself. While a writer is inside, the array's values
-        are copies, not views. Do not use the view after the block. Raises IndexError when there is no such chunk, TypeError for an
-        expression, TimeoutError after ``timeout`` seconds.
+        are copies, not views. Do not use the view after the block. ``accept_torn``: take chunks that an update left half written as they
+        are; after a block in mode "w" that raises nothing they count as whole. Raises IndexError when there is no such chunk, TypeError
+        for an expression, TimeoutError after ``timeout`` seconds, TornChunkError.
         """
         if mode not in ("r", "w"):
             raise ValueError(f"lock(mode={mode!r}): the mode is 'r' to read or 'w' to write")
@@ -345,13 +346,16 @@ class Array(Handle):
         assert storage is not None and layout is not None
         requests: list[LockRequest] = storage.requests(layout, mode)
         with process_locks().acquire(requests, timeout=timeout):
-            storage.check_whole(layout)
+            if not accept_torn:
+                storage.check_whole(layout)
             if mode == "w":
                 storage.begin_write()
             try:
                 view, _extent = storage.window(layout)
                 view.flags.writeable = mode == "w"
                 yield view
+                if mode == "w":
+                    storage.mend(layout)
             finally:
                 if mode == "w":
                     storage.end_write(layout, user_line())

@@ -14,22 +14,22 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from scheduler.errors import UnreachableMemory
 from scheduler.run import Pool, configure_default, default_pool
-from scheduler.task import Plan, Report
+from scheduler.task import Address, Outcome, Plan, Progress, Report
 from shmarray.chunks import Chunks, default_chunks
 from shmarray.config import config
-from shmarray.engines import plain_kernel
-from shmarray.errors import ChangedInput, TornChunkError
+from shmarray.errors import ChangedInput, PartialUpdateError, cut_short
 from shmarray.expr import Elementwise, Expr, InMemory, Stored, line_of, make, postorder, user_line
 from shmarray.fuse import is_zero
 from shmarray.handle import Handle, in_memory, wrap_stored
-from shmarray.kernels.numpy import MapKernel
 from shmarray.optimise import substitute
+from shmarray.partial import Damage, damage_of
 from shmarray.plan import Target
 from shmarray.storage import Layout, Storage
 from shmarray.templates import plan_for
@@ -37,7 +37,6 @@ from shmarray.templates import plan_for
 __all__ = ["compute", "current_pool", "persist", "plan_of", "values_of", "write"]
 
 NDArray = np.ndarray[Any, Any]
-MOST_TASKS_LOOKED_AT = 10_000  # beyond, an interrupted update makes all of its target suspect
 _log = logging.getLogger("shmarray")
 
 _configured: tuple[Any, ...] = (None, None, None)  # what the default pool is made with; any thread may set it to what it sees
@@ -162,110 +161,174 @@ def run(
 
 def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
     _check_inputs(stored, {x: node for node in postorder(n for n, _ in pairs) for x in node.inputs})
-    written = [(t.storage, t.layout) for _, t in pairs if t.storage is not None and t.layout is not None]
-    begun: list[tuple[Storage, Layout]] = []
-    told: str | None = None  # at which line they were written; None: nothing ran
-    try:
-        for storage, layout in written:
-            storage.begin_write()
-            begun.append((storage, layout))
-        plan = plan_for([n for n, _ in pairs], [t for _, t in pairs], pool)
-        told = line  # from here on part of it may be written
-        report = _run_plan(pairs, plan, begun, scheduler, pool)
-    finally:
-        for storage, layout in begun:
-            storage.end_write(layout, told)
-    for storage, layout in written:
-        storage.mend(layout)
-    _warn(report)
+    _warn(_Run(pairs, stored, scheduler, pool, line).run())
 
 
-def _run_plan(
-    pairs: list[tuple[Expr, Target]], plan: Plan, written: list[tuple[Storage, Layout]], scheduler: str | None, pool: Pool
-) -> Report:
-    try:
+class _Run:
+    """A plan, the stored arrays that it writes, and how it went."""
+
+    def __init__(self, pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
+        self.pairs = pairs
+        self.inputs = [(node.storage, _where(node)) for node in stored]
+        self.scheduler = scheduler
+        self.pool = pool
+        self.line = line
+        self.written = [(t.storage, t.layout) for _, t in pairs if t.storage is not None and t.layout is not None]
+        self.is_update = len(self.written) == 1 and not any(t.is_new for _, t in pairs)
+        self.plan: Plan | None = None
+        self.outcome = Outcome()
+        self.addresses: list[Address] = []  # of what is written, as the plan has them
+        self.versions: dict[Storage, int] = {}  # after the run was cut short
+        self.torn: dict[int, str] = {}  # the cells that it tore
+
+    def run(self) -> Report:
+        """Run the plan, or what is left of it; raise PartialUpdateError when a stored array is left between old and new."""
+        begun: list[tuple[Storage, Layout]] = []
+        told: str | None = None  # at which line they were written; None: nothing was
+        failed: BaseException | None = None
+        damages: list[Damage] = []
+        is_clear = False  # what was done to the targets is known
+        try:
+            try:
+                for storage, layout in self.written:
+                    storage.begin_write()
+                    begun.append((storage, layout))
+                report = self._first_run() if self.plan is None else self._rest()
+                told = self.line
+                for storage, layout in begun:
+                    storage.mend(layout)
+                    for cell in self.torn:
+                        storage.torn.pop(cell, None)
+                is_clear = True
+            except BaseException as error:
+                failed = error
+                damages = self._damages()
+                if not builtins.all(damage.is_none for damage in damages):
+                    told = self.line
+                for (storage, _), damage in zip(begun, damages, strict=False):
+                    storage.tear(damage.torn)
+                is_clear = True
+            finally:
+                for storage, layout in begun:
+                    if not is_clear:  # a second Ctrl-C, while the first was dealt with
+                        told = self.line
+                        storage.tear(dict.fromkeys(storage.cells_of(layout), "An update was interrupted twice."))
+                    storage.end_write(layout, told)
+            if failed is None:
+                return report
+            if self.is_update and damages and not damages[0].is_none and not damages[0].is_whole:
+                raise self._partial(failed, damages[0]) from failed
+            raise failed
+        finally:
+            del failed  # no circle with its traceback
+
+    def resume(self) -> None:
+        """Do what is left."""
+        storage, layout = self.written[0]
+        requests = [*storage.requests(layout, "w"), *(r for s, where in self.inputs for r in s.requests(where, "r"))]
+        with self.pool.locks.acquire(requests):
+            for other, version in self.versions.items():
+                if other.version != version:
+                    raise ChangedInput(
+                        f"resuming the update of the stored array of shape {storage.shape} at {self.line or 'an unknown line'}: the stored "
+                        f"array of shape {other.shape} was written at {other.writes[-1][1] or 'an unknown line'} after the update was cut "
+                        f"short. Write the chunks anew that are torn: what was to be done can no longer be told from what was done since."
+                    )
+            _warn(self.run())
+
+    def _first_run(self) -> Report:
+        pool = self.pool
+        self._use(plan_for([n for n, _ in self.pairs], [t for _, t in self.pairs], pool))
         if pool.is_driver_reachable:
             try:
-                report = pool.run(plan, scheduler or config.scheduler)
+                return self._run_plan()
             except UnreachableMemory as error:  # raised by the first access, before any task has written anything
                 _log.warning("workers may not reach the memory of this process (%s): staging through shared memory", error)
                 pool.is_driver_reachable = False
-        if not pool.is_driver_reachable:
-            report, plan = _run_staged(pairs, scheduler, pool)
-    except BaseException as error:
-        for storage, layout in written:
-            _tear(storage, layout, pool, plan, error)
-        raise
-    return report
+        return self._run_staged()
 
+    def _run_staged(self) -> Report:
+        """Run with every input and output in the arena: this process copies what lies in its own memory in before, and out after."""
+        pool, pairs = self.pool, self.pairs
+        new: dict[Expr, Expr] = {}
+        for node in postorder(n for n, _ in pairs):
+            if isinstance(node, InMemory):
+                values = node.held.array
+            elif isinstance(node, Stored) and node.storage.pool is not pool:
+                values = node.storage.array(_where(node))
+            else:
+                continue
+            copy = Storage(pool, node.shape, node.dtype, default_chunks(node.shape, node.dtype))
+            np.copyto(copy.array(copy.layout), values)
+            new[node] = make(Stored, node.shape, node.dtype, copy, 0, copy.layout.strides, copy.version)
+        targets = []
+        for _, target in pairs:
+            if target.storage is not None and target.storage.pool is pool:
+                targets.append(target)
+                continue
+            aside = Storage(pool, target.shape, target.dtype, default_chunks(target.shape, target.dtype))
+            targets.append(Target(target.shape, target.dtype, storage=aside, layout=aside.layout))
+        self._use(plan_for(substitute([n for n, _ in pairs], new), targets, pool))
+        report = self._run_plan()
+        for (_, target), staged in zip(pairs, targets, strict=True):
+            if staged is target:
+                continue
+            assert staged.storage is not None and staged.layout is not None
+            final = target.array if target.storage is None else target.storage.array(target.layout or staged.layout)
+            assert final is not None
+            np.copyto(final, staged.storage.array(staged.layout))
+        return report
 
-def _run_staged(pairs: list[tuple[Expr, Target]], scheduler: str | None, pool: Pool) -> tuple[Report, Plan]:
-    """Run with every input and output in the arena: this process copies what lies in its own memory in before, and out after."""
-    new: dict[Expr, Expr] = {}
-    for node in postorder(n for n, _ in pairs):
-        if isinstance(node, InMemory):
-            values = node.held.array
-        elif isinstance(node, Stored) and node.storage.pool is not pool:
-            values = node.storage.array(_where(node))
-        else:
-            continue
-        copy = Storage(pool, node.shape, node.dtype, default_chunks(node.shape, node.dtype))
-        np.copyto(copy.array(copy.layout), values)
-        new[node] = make(Stored, node.shape, node.dtype, copy, 0, copy.layout.strides, copy.version)
-    targets = []
-    for _, target in pairs:
-        if target.storage is not None and target.storage.pool is pool:
-            targets.append(target)
-            continue
-        aside = Storage(pool, target.shape, target.dtype, default_chunks(target.shape, target.dtype))
-        targets.append(Target(target.shape, target.dtype, storage=aside, layout=aside.layout))
-    plan = plan_for(substitute([n for n, _ in pairs], new), targets, pool)
-    report = pool.run(plan, scheduler or config.scheduler)
-    for (_, target), staged in zip(pairs, targets, strict=True):
-        if staged is target:
-            continue
-        assert staged.storage is not None and staged.layout is not None
-        final = target.array if target.storage is None else target.storage.array(target.layout or staged.layout)
-        assert final is not None
-        np.copyto(final, staged.storage.array(staged.layout))
-    return report, plan
+    def _rest(self) -> Report:
+        """Run the plan on from where it was cut short; the target may have moved since, to leave an array lent out as it was."""
+        plan, progress = self.plan, self.outcome.progress
+        assert plan is not None
+        moved = {old: storage.address(self.pool)[0] for old, (storage, _) in zip(self.addresses, self.written, strict=True)}
+        buffers = tuple(replace(b, address=moved.get(b.address, b.address)) if b.address else b for b in plan.buffers)
+        self._use(replace(plan, buffers=buffers, progress=progress))
+        return self._run_plan()
 
+    def _use(self, plan: Plan) -> None:
+        self.plan = plan
+        self.outcome = Outcome()
+        self.addresses = [storage.address(self.pool)[0] for storage, _ in self.written]
 
-def _tear(storage: Storage, layout: Layout, pool: Pool, plan: Plan, error: BaseException) -> None:
-    """Mark the cells of a target that are partly written: what was begun there, or of which some tiles are done and some not.
+    def _run_plan(self) -> Report:
+        assert self.plan is not None
+        return self.pool.run(self.plan, self.scheduler or config.scheduler, self.outcome)
 
-    Cells that are all old or all new stay good, though the array as a whole is neither.
-    """
-    address, _ = storage.address(pool)
-    for number, layer in enumerate(plan.layers):
-        kernel = plain_kernel(layer.kernel)
-        if not isinstance(kernel, MapKernel) or builtins.all(plan.buffers[b].address != address for b in layer.writes):
-            continue
-        half = [(start, stop) for n, start, stop in getattr(error, "unfinished", ()) if n == number]
-        if isinstance(error, TornChunkError) and error.layer == number:
-            half.extend((task, task + 1) for task in error.tasks)
-        done = [(start, stop) for n, start, stop in getattr(error, "finished", ()) if n == number]
-        whole = [(0, layer.ntasks)]
-        if not half and (not done or done == whole):
-            continue
-        if layer.ntasks > MOST_TASKS_LOOKED_AT:
-            storage.tear(layout, f"{layer.name} was interrupted in the middle of an update.")
-            continue
-        out = kernel.program.stores[0]
-        is_done = np.zeros(layer.ntasks, bool)
-        for start, stop in done:
-            is_done[start:stop] = True
-        new: set[int] = set()
-        old: set[int] = set()
-        for task in range(layer.ntasks):
-            box = kernel.grid.box(task)
-            offset = out.offset + sum(piece.start * stride for piece, stride in zip(box, out.strides, strict=True))
-            part = Layout(offset, tuple(piece.stop - piece.start for piece in box), out.strides, out.dtype)
-            cells = {cell for start, stop in storage.touched_cells(part) for cell in range(start, stop)}
-            (new if is_done[task] else old).update(cells)
-            if builtins.any(start <= task < stop for start, stop in half):
-                storage.tear(part, f"{layer.describe(task)} of {layer.name!r} was interrupted in the middle of an update.")
-        storage.tear_cells(new & old, f"{layer.name!r} was interrupted in the middle of an update.")
+    def _damages(self) -> list[Damage]:
+        plan = self.plan
+        if plan is None:
+            return []
+        targets = zip(self.written, self.addresses, strict=True)
+        return [damage_of(storage, layout, address, plan, self.outcome) for (storage, layout), address in targets]
+
+    def _partial(self, error: BaseException, damage: Damage) -> PartialUpdateError:
+        storage, _ = self.written[0]
+        counts = f"{len(damage.new)} of {len(damage.new) + len(damage.old) + len(damage.torn)} chunks have their new values"
+        if damage.torn:
+            first = ", ".join(str(storage.cell_index(cell)) for cell in sorted(damage.torn)[:3])
+            counts += f", {len(damage.torn)} some of each ({first}{', ...' if len(damage.torn) > 3 else ''})"
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        at = f" at {self.line}" if self.line else ""
+        advice = "resume() of this error does the rest" if damage.is_known else "it may still be running, in the background"
+        begun = f"the update of the stored array of shape {storage.shape}{at} was cut short by {what}"
+        found = cut_short(error, f"{begun}. {counts}, the others their old ones; {advice}.")
+        found.updated, found.untouched, found.torn = (
+            [storage.cell_index(cell) for cell in sorted(cells)] for cells in (damage.new, damage.old, damage.torn)
+        )
+        progress = self.outcome.progress
+        if damage.is_known and progress is not None and not self._is_lost(progress):
+            self.versions = {s: s.version for s in (storage, *(s for s, _ in self.inputs))}
+            self.torn = damage.torn
+            found._finish = self.resume
+        return found
+
+    def _is_lost(self, progress: Progress) -> bool:
+        """Whether a task that must not run twice is half done."""
+        assert self.plan is not None
+        return builtins.any(self.plan.layers[layer].in_place for layer, _, _ in progress.unfinished)
 
 
 def _where(node: Stored) -> Layout:

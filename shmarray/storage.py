@@ -13,7 +13,7 @@ import math
 import threading
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,27 +177,25 @@ class Storage:
         except np.exceptions.TooHardError:
             return True
 
+    def cells_of(self, layout: Layout) -> list[int]:
+        """Return the numbers of the cells that ``layout`` touches, ascending."""
+        return [cell for start, stop in self.touched_cells(layout) for cell in range(start, stop)]
+
     def check_whole(self, layout: Layout) -> None:
         """Raise TornChunkError when ``layout`` touches a cell that a dead worker left half written."""
         if not self.torn:
             return
-        for start, stop in self.touched_cells(layout):
-            for cell in range(start, stop):
-                if cell in self.torn:
-                    raise TornChunkError(
-                        f"{self.torn[cell]} Cell {self.cell_index(cell)} of the array of shape {self.shape} holds neither its old nor "
-                        f"its new values. Overwrite it as a whole (x[...] = ...) before reading it."
-                    )
+        for cell in self.cells_of(layout):
+            if cell in self.torn:
+                raise TornChunkError(
+                    f"{self.torn[cell]} Chunk {self.cell_index(cell)} of the array of shape {self.shape} holds neither its old nor "
+                    f"its new values. Call resume() of the PartialUpdateError that was raised then, overwrite the chunk as a whole "
+                    f"(x[...] = ...), or take it as it is with x.lock(..., accept_torn=True)."
+                )
 
-    def tear(self, layout: Layout, why: str) -> None:
-        """Mark the cells of ``layout`` as half written."""
-        for start, stop in self.touched_cells(layout):
-            self.tear_cells(range(start, stop), why)
-
-    def tear_cells(self, cells: Iterable[int], why: str) -> None:
-        """Mark cells, by number, as half written."""
-        for cell in cells:
-            self.torn[cell] = why
+    def tear(self, cells: Mapping[int, str]) -> None:
+        """Mark cells, by number, as half written, and say why."""
+        self.torn.update(cells)
 
     def mend(self, layout: Layout) -> None:
         """Forget torn marks of the cells that a whole overwrite of ``layout`` has filled."""

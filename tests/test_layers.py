@@ -45,7 +45,7 @@ kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
-templates
+templates partial
 compute
 explain
 ops.elementwise ops.random
@@ -63,6 +63,7 @@ DOORS = {
         "array",
         "compute",
         "explain",
+        "partial",
         "plan",
         "storage",
         "templates",
@@ -73,6 +74,7 @@ DOORS = {
         "kernels.sources",
         "kernels.llvm.kernel",
     },
+    "scheduler.redo": {"kernels.numpy"},
     "scheduler.run": {"__init__", "compute", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names

@@ -12,7 +12,7 @@ import cloudpickle
 
 from scheduler.pool import WorkerPool
 from scheduler.running import Host, Running
-from scheduler.task import Layer, Plan, Report
+from scheduler.task import Layer, Outcome, Plan, Report
 from scheduler.worker import digest_of
 
 __all__ = ["run"]
@@ -22,12 +22,12 @@ class _Host(Host, Protocol):
     def worker_pool(self) -> WorkerPool: ...
 
 
-def run(pool: _Host, plan: Plan) -> Report:
+def run(pool: _Host, plan: Plan, outcome: Outcome) -> Report:
     """Run the plan in worker processes and wait for it."""
     if not plan.pickles:
         plan.pickles.update(pickle_kernels(plan.layers))
     workers = pool.worker_pool()
-    return workers.run(Running(pool, plan), plan.pickles)
+    return workers.run(Running(pool, plan, outcome), plan.pickles)
 
 
 def pickle_kernels(layers: Iterable[Layer]) -> dict[int, tuple[bytes, bytes]]:

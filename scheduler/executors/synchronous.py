@@ -17,23 +17,23 @@ from scheduler.state import (
     SendRange,
     State,
     StopPlan,
-    Submitted,
     WorkerJoined,
 )
-from scheduler.task import Plan, Report
+from scheduler.task import Outcome, Plan, Report
 
 __all__ = ["run"]
 
 
-def run(pool: Host, plan: Plan) -> Report:
+def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
     """Run the plan here and now; raise what its first failing task raises."""
-    running = Running(pool, plan)
+    running = Running(pool, plan, outcome)
+    lane = Lane(pool.memory)
+    failure: PlanFailed | None = None
+    is_done = False
     try:
         state = State(1)
-        lane = Lane(pool.memory)
         state.handle(WorkerJoined(0))
-        events: deque[Event] = deque([Submitted(running.plan_id, plan, running.room_nbytes)])
-        failure: PlanFailed | None = None
+        events: deque[Event] = deque([running.submission()])
         ranges: deque[SendRange] = deque()
         while True:
             while events:
@@ -49,14 +49,21 @@ def run(pool: Host, plan: Plan) -> Report:
                         case PlanFailed():
                             failure = command
                         case PlanFinished():
-                            return running.report()
+                            is_done = True
                         case StopPlan():
                             running.is_stopping = True
+            if is_done:
+                return running.report()
             if failure is not None:
                 try:
                     raise_failure(plan, failure)
                 finally:
-                    del failure, commands, command
+                    del commands, command
             events.append(lane.run(running, ranges.popleft(), interruptible=True))
+    except BaseException as error:  # Ctrl-C may strike anywhere here, also in the state machine: the lane knows what was done
+        if failure is None and not is_done:
+            failure = lane.account(running, error)
+        raise
     finally:
-        running.close()
+        running.close(failure)
+        del failure  # no circle with the traceback

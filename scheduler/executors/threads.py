@@ -23,7 +23,6 @@ from scheduler.running import (
     raise_failure,
     set_inline,
     start_thread,
-    tell_ranges,
 )
 from scheduler.state import (
     DRIVER_LANE,
@@ -41,14 +40,14 @@ from scheduler.state import (
     Submitted,
     WorkerJoined,
 )
-from scheduler.task import Plan, Report
+from scheduler.task import Outcome, Plan, Report
 
 __all__ = ["run"]
 
 
-def run(pool: Host, plan: Plan) -> Report:
+def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
     """Run the plan in as many threads as the pool has workers, and wait for it."""
-    running = Running(pool, plan)
+    running = Running(pool, plan, outcome)
     crew = _Crew(pool, running)
     threads = []
     try:
@@ -64,9 +63,9 @@ def run(pool: Host, plan: Plan) -> Report:
         running.is_stopping = True  # after the reason: a thread that sees this one needs that one
         if crew.take_submission() is not None:  # nothing had begun
             crew.dismiss()
-            running.close()
-        elif crew.done.wait(GIVE_UP_AFTER_S) and crew.failure is not None:
-            tell_ranges(error, crew.failure)
+            running.close(PlanFailed(running.plan_id, error))
+        else:
+            crew.done.wait(GIVE_UP_AFTER_S)
         raise
     for thread in threads:
         thread.join()
@@ -98,7 +97,7 @@ class _Crew:
         self.reason: BaseException | None = None  # written by the waiting thread, once, before running.is_stopping
         self.done = Signal()
         # Whoever pops it, lane 0 or an interrupted `run`, decides whether the plan ever begins.
-        self.submission = deque([Submitted(running.plan_id, running.plan, running.room_nbytes)])
+        self.submission = deque([running.submission()])
 
     def take_submission(self) -> Submitted | None:
         try:
@@ -160,7 +159,7 @@ class _Crew:
 
     def end(self, failure: PlanFailed | None) -> None:
         self.failure = failure
-        self.running.close()
+        self.running.close(failure)
         self.dismiss()
         self.done.set()
 

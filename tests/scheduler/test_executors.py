@@ -19,7 +19,7 @@ from scheduler import run as scheduler_run
 from scheduler.errors import LockError, MemoryBudgetError, PoolClosed, SharedMemoryError, TaskError
 from scheduler.extents import Extent
 from scheduler.run import Pool, configure_default, default_pool
-from scheduler.task import ARENA, DRIVER, Address, Buffer, Context, Dependency, Layer, LockRequest, Plan
+from scheduler.task import ARENA, DRIVER, Address, Buffer, Context, Dependency, Layer, LockRequest, Outcome, Plan
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = pytest.mark.timeout(60)
@@ -248,8 +248,9 @@ def test_errors_come_back_with_task_and_line(pool: Pool, executor: str, case: st
         arrays[0][i] = 1
 
     plan = one_layer(buffer, fail, 10, describe=lambda i: f"chunk ({i},)", line="script.py:42")
+    outcome = Outcome()
     with pytest.raises(BaseException) as caught:  # SystemExit must not come out either
-        pool.run(plan, executor)
+        pool.run(plan, executor, outcome)
     error = caught.value
     if expected is not None:
         assert type(error) is expected
@@ -260,7 +261,7 @@ def test_errors_come_back_with_task_and_line(pool: Pool, executor: str, case: st
     assert "chunk (5,)" in notes and "script.py:42" in notes and "'layer'" in notes
     if executor == "processes":
         assert "in fail" in notes or case == "bad repr"
-    assert (0, 5, 6) in error.unfinished  # type: ignore[attr-defined]
+    assert outcome.progress is not None and (0, 5, 6) in outcome.progress.unfinished
     array[...] = 0
     pool.run(one_layer(buffer, count, 10), executor)  # usable at once
     assert (array == 1).all()

@@ -31,7 +31,7 @@ from scheduler.errors import PoolClosed, TornChunkError, WorkerDied, WorkerStart
 from scheduler.extents import Extent
 from scheduler.run import Pool
 from scheduler.state import DRIVER_LANE, RangeFinished
-from scheduler.task import ARENA, Address, Buffer, Context, Layer, Plan
+from scheduler.task import ARENA, Address, Buffer, Context, Layer, Outcome, Plan
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.timeout(90), pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="worker processes need Linux")]
@@ -66,8 +66,8 @@ def count(array: Any, i: int) -> None:
     array[i] += 1
 
 
-def run(pool: Pool, plan: Plan) -> Any:
-    return pool.run(plan, "processes")
+def run(pool: Pool, plan: Plan, outcome: Outcome | None = None) -> Any:
+    return pool.run(plan, "processes", outcome)
 
 
 def is_gone(pid: int) -> bool:
@@ -166,10 +166,11 @@ def test_a_task_that_dies_three_times_is_refused_by_name(pool: Pool, how: str) -
 
 def test_a_death_in_an_update_in_place_is_a_torn_chunk(pool: Pool) -> None:
     _extent, buffer, array = stored(pool, 41)
+    outcome = Outcome()
     with pytest.raises(TornChunkError) as caught:
-        run(pool, one_layer(buffer, dying(kill, 1), 40, retry=False, describe=lambda i: f"chunk {i}"))
+        run(pool, one_layer(buffer, dying(kill, 1), 40, retry=False, describe=lambda i: f"chunk {i}"), outcome)
     assert caught.value.tasks == (20,) and "chunk 20" in str(caught.value) and "SIGKILL" in str(caught.value)
-    assert (0, 20, 21) in caught.value.unfinished  # type: ignore[attr-defined]
+    assert outcome.progress is not None and (0, 20, 21) in outcome.progress.unfinished
     assert array[-1] == 1  # never run again
 
 
@@ -202,9 +203,10 @@ def test_a_bind_that_raises_leaves_nothing_unfinished(pool: Pool, executor: str)
         raise MemoryError("no scratch")
 
     plan = Plan(buffers=(buffer,), layers=(Layer(name="layer", kernel=Binding(41, fail), ntasks=1, writes=(0,), retry=False),))
-    with pytest.raises(MemoryError) as caught:
-        pool.run(plan, executor)
-    assert caught.value.unfinished == []  # type: ignore[attr-defined]
+    outcome = Outcome()
+    with pytest.raises(MemoryError):
+        pool.run(plan, executor, outcome)
+    assert outcome.progress is not None and outcome.progress.unfinished == ()
 
 
 def test_a_warning_that_cannot_be_told_costs_no_worker(pool: Pool) -> None:

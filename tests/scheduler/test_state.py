@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -440,13 +441,16 @@ def random_plan(rng: random.Random) -> Plan:
 class World:
     """Plays the runner: keeps what the promises are checked against."""
 
-    def __init__(self, seed: int, *, harm: bool) -> None:
+    def __init__(self, seed: int, *, harm: bool, resumes: bool = False) -> None:
         self.rng = random.Random(seed)
         self.harm = harm
+        self.resumes = resumes
+        self.resumed: set[int] = set()
         self.nslots = self.rng.choice((1, 2, 3, 8))
         self.state = State(self.nslots)
         self.plans: dict[int, Plan] = {}
         self.done: dict[tuple[int, int], list[int]] = {}  # how often each task was done
+        self.steps: dict[tuple[int, int], list[int]] = {}  # how many steps of each, in layers in place
         self.opened: set[tuple[int, int]] = set()
         self.freed: set[tuple[int, int]] = set()
         self.ended: dict[int, Command] = {}
@@ -467,8 +471,10 @@ class World:
             case OpenLayer(plan_id, index):
                 assert (plan_id, index) not in self.opened
                 self.opened.add((plan_id, index))
-            case SendRange(worker, _, plan_id, index, start, stop):
+            case SendRange(worker, _, plan_id, index, start, stop, first):
                 assert (plan_id, index) in self.opened
+                steps = self.steps[plan_id, index]
+                assert first == steps[start] and not any(steps[start + 1 : stop]), "steps done twice, or left out"
                 assert plan_id not in self.ended and plan_id not in self.stopping
                 assert worker == DRIVER_LANE or worker in self.alive
                 made = self.plans[plan_id].layers[index]
@@ -497,11 +503,36 @@ class World:
     def submit(self) -> None:
         plan_id = len(self.plans) + 1
         made = random_plan(self.rng)
-        self.plans[plan_id] = made
+        layers = tuple(replace(each, in_place=self.harm and self.rng.random() < 0.3) for each in made.layers)
+        self.plans[plan_id] = made = replace(made, layers=layers)
         for index, each in enumerate(made.layers):
             self.done[plan_id, index] = [0] * each.ntasks
+            self.steps[plan_id, index] = [0] * each.ntasks
         room = self.rng.choice((None, None, made.peak_nbytes()[0], 1))
         self.feed(Submitted(plan_id, made, room))
+
+    def resume(self, plan_id: int, end: PlanFailed) -> None:
+        """Submit what is left of a plan that failed, as a new one."""
+        made, new_id = self.plans[plan_id], len(self.plans) + 1
+        self.plans[new_id] = made
+        for index, each in enumerate(made.layers):
+            told = [0] * each.ntasks
+            for layer, start, stop in end.finished:
+                told[start:stop] = [1] * (stop - start) if layer == index else told[start:stop]
+            assert told == [min(count, 1) for count in self.done[plan_id, index]], "what is done was not told as it is"
+            self.done[new_id, index] = self.done[plan_id, index].copy()
+            self.steps[new_id, index] = steps = self.steps[plan_id, index].copy()
+            begun = {task: step for layer, task, step in end.steps if layer == index}
+            assert begun == {task: step for task, step in enumerate(steps) if step and not told[task]}
+        self.feed(Submitted(new_id, made, None, end.finished, end.steps))
+
+    def leave(self, plan_id: int, index: int, task: int) -> int:
+        """Do some more steps of a task in place, and return how many are done then."""
+        if not self.plans[plan_id].layers[index].in_place:
+            return 0
+        steps = self.steps[plan_id, index]
+        steps[task] = self.rng.randrange(steps[task], 4)
+        return steps[task]
 
     def mark(self, plan_id: int, index: int, start: int, stop: int) -> None:
         for task in range(start, stop):
@@ -525,15 +556,18 @@ class World:
         if roll < 0.06 and lane != DRIVER_LANE:
             cursor = rng.choice((None, *range(head.start, head.stop + 1)))
             self.alive.discard(lane)
+            step = 0
             if cursor is not None:
                 self.mark(*key, head.start, cursor)
-            self.feed(WorkerLost(lane, cursor, "killed by SIGKILL", rng.randrange(1000)))
+                step = self.leave(*key, cursor) if cursor < head.stop else 0
+            self.feed(WorkerLost(lane, cursor, "killed by SIGKILL", rng.randrange(1000), True, step))
             if lane not in self.starting and self.state.turn and rng.random() < 0.5:
                 self.starting = [w for w in self.starting if w not in self.alive]
         elif roll < 0.08:
             task = rng.randrange(head.start, head.stop)
             self.mark(*key, head.start, task)
-            self.feed(RangeFailed(lane, head.run_id, task, ValueError(str(task))))
+            step = self.leave(*key, task)
+            self.feed(RangeFailed(lane, head.run_id, task, ValueError(str(task)), True, step))
         elif roll < 0.10:
             self.feed(CancelRequested(rng.choice(list(self.plans)), "cancelled"))
         elif key[0] in self.stopping and rng.random() < 0.7:
@@ -548,11 +582,16 @@ class World:
     def play(self) -> None:
         wanted = self.rng.randrange(1, 5)
         self.submit()
-        for _ in range(20_000):
+        for _ in range(60_000):
             if len(self.plans) < wanted and self.rng.random() < 0.2:
                 self.submit()
             if not self.step() and len(self.plans) >= wanted:
-                break
+                failed = [(i, e) for i, e in self.ended.items() if isinstance(e, PlanFailed) and i not in self.resumed]
+                if not failed or not self.resumes:
+                    break
+                for plan_id, end in failed:
+                    self.resumed.add(plan_id)
+                    self.resume(plan_id, end)
         else:
             raise AssertionError("it does not end")
         assert set(self.ended) == set(self.plans), "a plan never ended"
@@ -580,6 +619,22 @@ def test_random_runs_with_deaths_failures_and_cancels_end_once(seed: int) -> Non
             # What was told as done is done once; only a task that somebody died in runs again, and not where it must not.
             assert all(count <= 1 for count in counts)
             assert made.ntasks == len(counts)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_plans_that_failed_go_on_where_they_were(seed: int) -> None:
+    world = World(5000 + seed, harm=True, resumes=True)
+    world.play()
+    for plan_id, end in world.ended.items():
+        assert isinstance(end, PlanFinished) or plan_id in world.resumed
+        for index, made in enumerate(world.plans[plan_id].layers):
+            assert isinstance(end, PlanFailed) or world.done[plan_id, index] == [1] * made.ntasks
+
+
+def test_a_plan_of_which_all_is_done_ends_at_once() -> None:
+    made = random_plan(random.Random(1))
+    done = tuple((index, 0, each.ntasks) for index, each in enumerate(made.layers))
+    assert State(2).handle(Submitted(1, made, None, done)) == [PlanFinished(1)]
 
 
 def test_the_same_events_give_the_same_commands() -> None:

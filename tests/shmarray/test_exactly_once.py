@@ -1,4 +1,4 @@
-"""Updates in place under SIGKILL: the array ends bit-identical to the undisturbed run."""
+"""Updates in place that are cut short, by SIGKILL, exceptions and Ctrl-C: the array ends bit-identical to the undisturbed run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -70,3 +71,105 @@ def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str)
                     update(x, y)
             np.testing.assert_array_equal(np.asarray(x), np.asarray(expected))
         pool.check()
+
+
+def divided(executor: str) -> tuple[sa.Array, sa.Array, np.ndarray, np.ndarray]:
+    """Return a stored array, divisors of which one is 0, and the array before and after."""
+    a = np.arange(1.0, 700_001.0).reshape(700, 1000)
+    b = np.full((700, 1000), 8.0)
+    b[333, 444] = 0.0
+    with np.errstate(divide="ignore"):
+        return sa.array(a, chunks=(100, 1000)), sa.array(b), a, a / b
+
+
+@pytest.mark.parametrize("executor", ["synchronous", "threads", "processes"])
+def test_an_exception_in_an_update_says_what_is_done_and_the_rest_can_be_done(executor: str) -> None:
+    with sa.Pool(workers=2), sa.config.set(scheduler=executor):
+        x, y, before, after = divided(executor)
+        with pytest.raises(sa.PartialUpdateError, match=r"stored array of shape \(700, 1000\) at .*test_exactly_once.py") as caught:
+            with np.errstate(divide="raise"):
+                x /= y
+        error = caught.value
+        assert isinstance(error, FloatingPointError) and isinstance(error.__cause__, FloatingPointError)
+        assert sorted([*error.updated, *error.untouched, *error.torn]) == [(k, 0) for k in range(7)]
+        for chunks, values in ((error.updated, after), (error.untouched, before)):
+            for k, _ in chunks:
+                np.testing.assert_array_equal(np.asarray(x[100 * k : 100 * k + 100]), values[100 * k : 100 * k + 100])
+        assert (3, 0) not in error.updated
+        for k, _ in error.torn:
+            with pytest.raises(sa.TornChunkError, match="resume"):
+                x[100 * k].compute()
+        with pytest.raises(sa.PartialUpdateError) as again:
+            error.resume()  # still 0
+        with pytest.raises(RuntimeError, match="resumed before"):
+            error.resume()
+        assert set(again.value.updated) >= set(error.updated)
+        # What was to be read may not have changed.
+        y[333, 444] = 8.0
+        with pytest.raises(sa.ChangedInput, match="was written"):
+            again.value.resume()
+
+
+@pytest.mark.parametrize("executor", ["synchronous", "threads", "processes"])
+def test_what_fails_before_anything_is_written_is_no_partial_update(executor: str) -> None:
+    with sa.Pool(workers=2), sa.config.set(scheduler=executor):
+        x = sa.array(np.arange(10.0))
+        with np.errstate(divide="raise"), pytest.raises(FloatingPointError) as caught:
+            x /= 0
+        assert not isinstance(caught.value, sa.PartialUpdateError)
+        np.testing.assert_array_equal(np.asarray(x), np.arange(10.0))
+
+
+def test_a_partial_update_of_a_torn_chunk_is_taken_as_it_is_when_asked_for() -> None:
+    with sa.Pool(workers=0):
+        x, y, before, after = divided("synchronous")
+        with np.errstate(divide="raise"), pytest.raises(sa.PartialUpdateError) as caught:
+            x /= y
+        torn = caught.value.torn[0][0]
+        with pytest.raises(sa.TornChunkError), x.lock((torn, 0), "r"):
+            pass
+        rows = slice(100 * torn, 100 * torn + 100)
+        with x.lock((torn, 0), accept_torn=True) as view:
+            assert (view == before[rows]).sum() + (view == after[rows]).sum() >= view.size
+            view[...] = 1.0
+        assert (np.asarray(x[rows]) == 1.0).all()
+
+
+def interrupt_after(began: threading.Event, delay_s: float) -> None:
+    began.wait()
+    time.sleep(delay_s)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("executor", "n", "rounds"), [("synchronous", 250, 60), ("threads", 1111, 15), ("processes", 1111, 15)])
+def test_an_update_cut_short_by_ctrl_c_is_resumed_exactly(executor: str, n: int, rounds: int) -> None:
+    rng = random.Random(5)
+    start = np.random.default_rng(2).random((n, 1003))
+    interrupted = resumed = 0
+    with sa.Pool(workers=2), sa.config.set(scheduler=executor):
+        x, y = sa.array(start), sa.array(start + 1)
+        expected = start.copy()
+        x += y * 0  # plans, and starts workers
+        while interrupted < rounds:
+            goal = expected * 0.75 + (start + 1)
+            began = threading.Event()
+            timer = threading.Thread(target=interrupt_after, args=(began, rng.uniform(0, 0.004)))
+            timer.start()
+            try:
+                try:
+                    began.set()
+                    x[...] = x * 0.75 + y
+                finally:
+                    timer.join()
+            except sa.PartialUpdateError as error:
+                assert isinstance(error, KeyboardInterrupt) and not isinstance(error, Exception)
+                interrupted += 1
+                resumed += 1
+                error.resume()
+            except KeyboardInterrupt:
+                interrupted += 1
+            now = np.asarray(x).copy()
+            if not np.array_equal(now, expected):
+                np.testing.assert_array_equal(now, goal)
+                expected = goal
+    assert resumed
