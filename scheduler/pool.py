@@ -352,7 +352,9 @@ class _Loop:
                     self._settle(plan_id, failure)
             while self.inbox:
                 self.inbox.popleft()()  # a plan submitted meanwhile: `submit` sees that we are closing
-            self.events.clear()  # what a bug left undone: the error in it refers to its callers, and so to the pool
+            # What a bug left undone there holds the error, that its callers' frames, and these the pool.
+            self.events.clear()
+            self.state = State(self.slots)
             with self._gate:
                 self._close_descriptors()
 

@@ -79,7 +79,8 @@ atexit.register(lambda path=os.path.abspath("ending"): os.close(os.open(path, os
 def check_nothing_left():
     "Call it when every pool is closed and no variable holds one: a closed pool stays mapped for the arrays in it."
     wait_until(lambda: not held() - _before, "the end of all that was begun: " + str(held() - _before), {settle_s})
-    maps = open("/proc/self/maps").read()
+    with open("/proc/self/maps") as file:
+        maps = file.read()
     assert "/dev/shm/" not in maps, maps
 
 """

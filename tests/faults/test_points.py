@@ -53,8 +53,13 @@ def program(pool):
         digest.update(sa.cumsum(x).compute().tobytes())
         try:
             x += 1
-        except BaseException:
+        except BaseException as error:
             check_cells(x)
+            if isinstance(error, sa.PartialUpdateError):
+                disarm()
+                go_on(x, error)
+            x[...] = 5.0  # what is overwritten as a whole is sound again
+            assert float(x.sum()) == 5.0 * len(values)
             raise
         digest.update(np.asarray(x).tobytes())
         digest.update(x.map_blocks(user, dtype=float).compute().tobytes())
@@ -67,8 +72,15 @@ def check_cells(x):
         with contextlib.suppress(sa.TornChunkError):
             found = np.asarray(x[piece])
             assert any(np.array_equal(found, values[piece] + k) for k in (0, 1)), "neither old nor new"
-    x[...] = 5.0  # what is overwritten as a whole is sound again
-    assert float(x.sum()) == 5.0 * len(values)
+
+def go_on(x, error):
+    "Do the rest of an update, unless nobody knows what was done."
+    try:
+        error.resume()
+    except RuntimeError as refused:
+        assert "cannot be resumed" in str(refused), refused
+    else:
+        assert np.array_equal(np.asarray(x), values + 1), "resumed, and wrong"
 
 def passages(count):
     return os.path.getsize(count) if os.path.exists(count) else 0
@@ -94,7 +106,7 @@ def case(text, nth, expected):
         try:
             result = "right" if program(pool) == right else "WRONG"
         except Exception as error:
-            result = type(error).__name__
+            result = next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in expected), type(error).__name__)
             if result not in expected:
                 traceback.print_exc()
         disarm()
@@ -147,15 +159,17 @@ def survivable() -> list[tuple[str, list[int], list[str]]]:
     pairs += [(f"driver.{name}", "enospc") for name in FULL]
     cases = []
     for number, (point, action) in enumerate(pairs):
+        if not SOAK_MINUTES and (number + number // 2) % 2:
+            continue
         # Evenly: across all pairs each of the first few passages has its turn.
         numbers = [] if SOAK_MINUTES else [1 + number % PASSAGES.get(point, 5)]
         cases.append((f"{point}:{action}", numbers, sorted(expected(point, action))))
     return cases
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_a_fault_ends_in_the_right_result_or_the_error_that_says_why(start: Callable[..., Script], part: int) -> None:
-    cases = survivable()[part::4]
+    cases = survivable()[part::2]
     running = start(
         PROGRAM + MANY.replace("MOST_PASSAGES", str(MOST_PASSAGES)), CASES=json.dumps(cases), limit_s=1500 if SOAK_MINUTES else 100
     )
@@ -183,7 +197,7 @@ with sa.Pool(workers=2, memory_limit="256MiB") as pool:
 
 
 def test_a_driver_killed_at_any_point_leaves_nothing_behind(start: Callable[..., Script]) -> None:
-    for number, name in enumerate(DRIVER):
+    for number, name in enumerate(DRIVER if SOAK_MINUTES else DRIVER[::2]):
         limit = PASSAGES.get(f"driver.{name}", 5)
         for nth in range(1, MOST_PASSAGES) if SOAK_MINUTES else [1 + number % limit]:
             running = start(PROGRAM.partition("with sa.Pool")[0] + ONE, CASE=f"driver.{name}:{nth}:kill")
@@ -198,3 +212,4 @@ def test_every_point_that_is_documented_is_tried_and_there_is_no_other() -> None
     text = scheduler.faults.__doc__ or ""
     listed = set(re.findall(r"^    (?:worker|driver|      ) {3}(\w+) ", text, re.MULTILINE))
     assert listed == {*WORKER, *DRIVER}
+    assert {case[0].rpartition(":")[0].partition(".")[2] for case in survivable()} == listed
