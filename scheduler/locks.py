@@ -9,7 +9,8 @@ cells are made of, or a repair of what a dead holder left behind.
     table    extent 7:  thread A  w [0, 4)     r [8, 16)           granted
                         thread B  r [12, 20)                       granted
              waiting:   thread C  w [0, 2) of extent 7             behind A
-    memfd    ----+-- base(7) + 0 ... base(7) + cell ... ----       one byte a cell, of those that asked for os_lock
+    memfd    ----+-- base(7) + 0 ... base(7) + cell ... ----       one byte a cell, of those that asked for os_lock; its
+                                                                   turnstile, for who waits, 2**62 bytes further on
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ Runs = tuple[Run, ...]  # in order, without overlap
 
 CELLS_PER_EXTENT = 1 << 32  # how far apart the bytes of two extents lie: an address in a file has 63 bits
 LAST_BYTE = 1 << 62
+TURNSTILE = LAST_BYTE  # the byte of a cell's turnstile lies so far behind its own: bytes of adjacent cells stay adjacent
 LOOK_AGAIN_S = 0.5  # how long a Hold that was dropped, not released, can go unnoticed
 ASK_CANCELLED_S = 0.05
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.0005, 0.01
@@ -548,7 +550,7 @@ class CellLocks:
                 for extent in sorted(ticket.wanted, key=self.base):
                     base = self.base(extent)
                     for start, stop, write in self._missing_bytes(ticket, extent):
-                        self._take_run(ticket, base + start, stop - start, write, deadline, cancelled)
+                        self._pass_turnstile(ticket, base + start, stop - start, write, deadline, cancelled)
                 return
             except OSError as error:
                 if error.errno != errno.EDEADLK:  # of a TimeoutError errno is None
@@ -565,14 +567,35 @@ class CellLocks:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_POLL_S)
 
+    def _pass_turnstile(
+        self, ticket: _Ticket, byte: int, nbytes: int, write: bool, deadline: float | None, cancelled: Callable[[], bool] | None
+    ) -> None:
+        """Take a run of bytes in turn: who waits to write stands in the turnstile, so that readers who come later wait behind.
+
+        Without it, readers of several processes that overlap shut a writer out for ever. A thread that holds other bytes goes
+        past it: the writer may be waiting for those.
+        """
+        if self._read(lambda: self._holds_other_bytes(ticket)):
+            self._take_run(ticket, byte, nbytes, write, deadline, cancelled)
+            return
+        try:
+            self._take_run(ticket, TURNSTILE + byte, nbytes, write, deadline, cancelled)
+            self._take_run(ticket, byte, nbytes, write, deadline, cancelled)
+        finally:
+            # A thread that stands there too, to read the same cells, loses its turn by that, and nothing else.
+            fcntl.lockf(self._fd, fcntl.LOCK_UN, nbytes, TURNSTILE + byte)
+
+    def _holds_other_bytes(self, ticket: _Ticket) -> bool:
+        return any(
+            other.owner is ticket.owner and other.os_lock and other is not ticket for holders in self._granted.values() for other in holders
+        )
+
     def _give_all_bytes(self, ticket: _Ticket) -> bool:
         """Give back the bytes of a granted ticket, and return whether its thread holds others."""
-        others = False
         for extent, holders in self._granted.items():
             if ticket in holders:
                 self._give_bytes(ticket, extent, ticket.wanted[extent], holders)
-            others |= any(other.owner is ticket.owner and other.os_lock and other is not ticket for other in holders)
-        return others
+        return self._holds_other_bytes(ticket)
 
     def _runs_of(self, owner: _Owner, extent: int, *, byte_locks_but: _Ticket | None = None) -> list[Run]:
         """Return what a thread holds of an extent; with ``byte_locks_but``, by tickets with os locks, and not that one."""

@@ -203,11 +203,12 @@ class Reduction(Expr):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scan(Expr):
-    """The running result of a ufunc along one axis: ``cumsum`` is that of ``add``."""
+    """The running result of a ufunc along one axis: ``cumsum`` is that of ``add``. ``errstate`` as in `Elementwise`."""
 
     ufunc: str
     x: Expr
     axis: int
+    errstate: tuple[tuple[str, str], ...] = ()
 
     @property
     def inputs(self) -> tuple[Expr, ...]:

@@ -622,7 +622,7 @@ class _Builder:
             shape_of = (len(splits), *kept)
             partials = self.temporary(shape_of, node.dtype)
             carry = self.temporary(shape_of, node.dtype)
-            spec = ReduceSpec(row, register, node.dtype, (), (node.dtype,), (partials,), None, "accumulate", line_of(node))
+            spec = ReduceSpec(row, register, node.dtype, (), (node.dtype,), (partials,), None, "accumulate", line_of(node), node.errstate)
             self._add(
                 _LayerDraft(
                     ReduceKernel(program, grid, (axis,), (spec,)),
@@ -638,7 +638,7 @@ class _Builder:
             lanes_grid = Grid(kept, slab_sizes(kept, TILE_ITEMS))
             self._add(
                 _LayerDraft(
-                    CarryKernel(node.ufunc, partials, carry, lanes_grid),
+                    CarryKernel(node.ufunc, partials, carry, lanes_grid, line_of(node), node.errstate),
                     lanes_grid.ntasks,
                     f"{node.name} of carries",
                     line_of(node),
@@ -648,7 +648,7 @@ class _Builder:
                     16 * len(splits) * math.prod(lanes_grid.sizes),
                 )
             )
-        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry, line_of(node))
+        kernel = ScanKernel(program, grid, axis, node.ufunc, register, out, carry, line_of(node), node.errstate)
         loads = program.loads if carry is None else (*program.loads, carry)
         self._add(_LayerDraft(kernel, grid.ntasks, node.name, line_of(node), grid, loads, (out,), writer.cost(grid) * 2))
         self.operands.setdefault(node, out)

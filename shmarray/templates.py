@@ -196,7 +196,7 @@ class _Form:
             case Reduction():
                 return "reduction", node.kind, number[node.x], node.axes, exact(node.params), line_of(node)
             case Scan():
-                return "scan", node.ufunc, number[node.x], node.axis, line_of(node)
+                return "scan", node.ufunc, number[node.x], node.axis, node.errstate, line_of(node)
             case View():
                 return "view", number[node.x], exact(node.map)
             case Reshape():

@@ -33,6 +33,7 @@ __all__ = [
     "Staged",
     "Tiled",
     "fill_reader",
+    "floating_state",
     "open_window",
     "put",
     "run_step",
@@ -170,6 +171,17 @@ class Made(Tiled):
 def stage(window: Window | Staged) -> Window | Staged:
     """Return the window, staged where it lies in the driver's memory."""
     return Staged(window) if isinstance(window, Remote) else window
+
+
+def floating_state(context: Context, errstate: tuple[tuple[str, str], ...], label: str, line: str) -> np.errstate:
+    """Return the floating-point state of one operation: as `np.errstate` had it; what NumPy would warn of is reported to the driver."""
+    modes: dict[str, Any] = {"divide": "call", "over": "call", "invalid": "call", "under": "ignore"}
+    modes.update((kind, mode if mode in ("ignore", "raise") else "call") for kind, mode in errstate)
+
+    def warn(problem: str, flag: int) -> None:
+        context.warn("RuntimeWarning", f"{problem} encountered in {label}", line)
+
+    return np.errstate(**modes, call=warn)
 
 
 def put(window: Window | Tiled, box: Box, values: NDArray) -> None:

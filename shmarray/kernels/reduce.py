@@ -22,7 +22,7 @@ import numpy as np
 
 from scheduler.segments import Remote
 from scheduler.task import Context
-from shmarray.kernels.numpy import Evaluator, Staged, Window, open_window, put, stage
+from shmarray.kernels.numpy import Evaluator, Staged, Window, floating_state, open_window, put, stage
 from shmarray.kernels.program import Operand, Program
 from shmarray.ops.reductions_table import REDUCTIONS, Part, States
 from shmarray.region import Box
@@ -78,13 +78,7 @@ class ReduceSpec:
 
     def guard(self, context: Context) -> np.errstate:
         """Return the floating-point state to merge and finish under: what NumPy would warn of is reported to the driver."""
-        modes: dict[str, Any] = {"divide": "call", "over": "call", "invalid": "call", "under": "ignore"}
-        modes.update((kind, mode if mode in ("ignore", "raise") else "call") for kind, mode in self.errstate)
-
-        def warn(problem: str, flag: int) -> None:
-            context.warn("RuntimeWarning", f"{problem} encountered in {self.label}", self.line)
-
-        return np.errstate(**modes, call=warn)
+        return floating_state(context, self.errstate, self.label, self.line)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from scheduler.segments import Remote
 from scheduler.task import Context
-from shmarray.kernels.numpy import MOST_STAGED_ITEMS, Evaluator, Staged, Window, open_window, put, stage
+from shmarray.kernels.numpy import MOST_STAGED_ITEMS, Evaluator, Staged, Window, floating_state, open_window, put, stage
 from shmarray.kernels.program import Operand, Program
 from shmarray.tiles import Grid, blocks
 
@@ -34,6 +34,7 @@ class ScanKernel:
     out: Operand
     carry: Operand | None
     line: str = ""
+    errstate: tuple[tuple[str, str], ...] = ()  # what np.errstate said, where that is not the default
 
     def bind(self, context: Context) -> Callable[[int], None]:
         evaluator = Evaluator(self.program, context, math.prod(self.grid.sizes))
@@ -66,10 +67,10 @@ class ScanKernel:
                         shape = tuple([p.stop - p.start for p in box])
                         if value.shape != shape:
                             value = np.broadcast_to(value, shape)
-                        evaluator.current = ("accumulate", self.line)
-                        result = ufunc.accumulate(value, axis=axis, dtype=dtype)
-                        if carry is not None:
-                            result = ufunc(carry, result)
+                        with floating_state(context, self.errstate, "accumulate", self.line):
+                            result = ufunc.accumulate(value, axis=axis, dtype=dtype)
+                            if carry is not None:
+                                result = ufunc(carry, result)
                         put(target, box, result)
                         carry = result[tuple([slice(-1, None) if a == axis else slice(None) for a in range(len(box))])]
                 evaluator.end(tile)
@@ -87,6 +88,8 @@ class CarryKernel:
     partials: Operand
     out: Operand
     grid: Grid
+    line: str = ""
+    errstate: tuple[tuple[str, str], ...] = ()
 
     def bind(self, context: Context) -> Callable[[int], None]:
         ufunc = getattr(np, self.ufunc)
@@ -95,6 +98,7 @@ class CarryKernel:
         def run(index: int) -> None:
             box = (slice(0, self.partials.shape[0]), *self.grid.box(index))
             part = source[box]
-            put(target, box, ufunc.accumulate(part.read() if isinstance(part, Remote) else part, axis=0))
+            with floating_state(context, self.errstate, "accumulate", self.line):
+                put(target, box, ufunc.accumulate(part.read() if isinstance(part, Remote) else part, axis=0))
 
         return run

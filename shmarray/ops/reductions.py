@@ -398,7 +398,7 @@ def accumulate(ufunc: np.ufunc, a: Any, axis: int = 0, dtype: Any = None, out: A
     result = _like(ufunc.accumulate, x, **({} if dtype is None else {"dtype": dtype}))
     if x.dtype != result and name not in ("add", "multiply"):
         x = cast(x, result)
-    return _into(wrap(make(Scan, x.shape, result, name, x.node, only), x.chunks), out)
+    return _into(wrap(make(Scan, x.shape, result, name, x.node, only, current_errstate()), x.chunks), out)
 
 
 def _cumulative(ufunc: np.ufunc, a: Any, axis: Any, dtype: Any, out: Any) -> Any:

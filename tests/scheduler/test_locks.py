@@ -729,6 +729,48 @@ def test_killed_holder_frees_its_bytes(locks: CellLocks, actor: Make, other: Oth
     waiting.result(LONG_S).release()
 
 
+READER = """
+import sys, time
+from scheduler.locks import CellLocks
+from scheduler.task import LockRequest
+locks = CellLocks(int(sys.argv[1]))
+locks.place(7, int(sys.argv[2]))
+print("ready", flush=True)
+while True:  # always reading, but for moments
+    with locks.acquire([LockRequest(7, 0, 3, "r")], os_lock=True):
+        time.sleep(0.005)
+"""
+
+
+def test_readers_of_other_processes_do_not_shut_a_writer_out(locks: CellLocks) -> None:
+    command = [sys.executable, "-c", READER, str(locks.fileno()), str(locks.base(7))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    readers = [subprocess.Popen(command, pass_fds=[locks.fileno()], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        for reader in readers:
+            assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+        for _ in range(50):  # without the turnstile one turn takes seconds
+            locks.acquire(cells(1, 2, "w"), os_lock=True, timeout=LONG_S).release()
+    finally:
+        for reader in readers:
+            reader.kill()
+            reader.wait(LONG_S)
+            if reader.stdout is not None:
+                reader.stdout.close()
+    assert not byte_locks(locks)
+
+
+def test_who_holds_other_bytes_goes_past_the_turnstile(locks: CellLocks, other: Other) -> None:
+    base = locks.base(7)
+    with locks.acquire(cells(0, 1, "r"), os_lock=True):
+        # A writer of both cells, which waits for the first: it stands in the turnstile of both.
+        assert other.tell("try", "w", 2**62 + base, 2) == "ok"
+        other.ask("wait", "w", base, 2)
+        other.wait_until_it_waits(locks)
+        locks.acquire(cells(1, 2, "r"), os_lock=True, timeout=LONG_S).release()
+    assert other.answer() == "ok"
+
+
 def test_deadlock_between_processes_raises(locks: CellLocks, other: Other) -> None:
     base = locks.base(7)
     hold = locks.acquire(cells(0, 1, "w"), os_lock=True)

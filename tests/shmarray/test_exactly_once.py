@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import random
@@ -71,6 +72,35 @@ def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str)
                     update(x, y)
             np.testing.assert_array_equal(np.asarray(x), np.asarray(expected))
         pool.check()
+
+
+def test_who_holds_the_lock_of_a_chunk_never_sees_it_half_done() -> None:
+    n = 600
+    with sa.Pool(workers=2) as pool:
+        x = sa.zeros((n, 1000), chunks=(100, 1000)).persist()
+        alias = x[:]
+        seen: list[float] = []
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.is_set():
+                with alias.lock((len(seen) % 6, 0), "r") as chunk:
+                    low, high = chunk.min(), chunk.max()
+                    assert low == high
+                    seen.append(low)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            reading = reader.submit(look)
+            killer = Killer(pool, 3)
+            try:
+                for _ in range(40):
+                    with killer:
+                        x += 1
+            finally:
+                ended.set()
+            reading.result()
+        assert (np.asarray(x) == 40).all()
+        assert killer.killed and len(set(seen)) > 2
 
 
 def divided(executor: str) -> tuple[sa.Array, sa.Array, np.ndarray, np.ndarray]:

@@ -152,3 +152,20 @@ def test_running_results_warn_as_numpys(n: int) -> None:
             call()
         caught.append({str(w.message) for w in seen})
     assert caught[1] == caught[0] == {"overflow encountered in accumulate"}
+
+
+@pytest.mark.parametrize("items", [100, 600_000])
+def test_scans_heed_errstate_as_it_was_when_they_were_built(items: int) -> None:
+    a = np.full(items, 1e307)
+    with pytest.warns(RuntimeWarning, match="overflow encountered in accumulate") as caught:
+        sa.cumsum(sa.array(a)).compute()
+    assert {w.filename for w in caught} == {__file__}
+    with np.errstate(over="ignore"):
+        quiet = sa.cumsum(sa.array(a))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(quiet.compute()[50:], np.inf)
+    with np.errstate(over="raise"):
+        loud = sa.cumsum(sa.array(a))
+    with pytest.raises(FloatingPointError, match="overflow"):
+        loud.compute()
