@@ -249,7 +249,7 @@ def held() -> Counter[str]:
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             target = os.readlink(f"/proc/self/fd/{number}").partition(":[")[0]
-            if int(number) not in fds:
+            if int(number) not in fds and "shmarray-locks" not in target:  # made once, kept as long as the process
                 found[f"descriptor of {target}"] += 1
     # The mapping of an open pool's control file has a descriptor of its own, whose number nobody knows.
     found["descriptor of /memfd:shmarray-control (deleted)"] -= sum(not loop._is_closing for loop in list(scheduler_pool._loops))

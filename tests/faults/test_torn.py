@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Outcome
+
+import shmarray as sa
+from scheduler import faults
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -79,3 +85,38 @@ with sa.Pool(workers=2) as pool:
 """
     )
     assert out.lines == ["interrupted True", "1800000.0"]
+
+
+@pytest.mark.parametrize("executor", ["synchronous", "threads"])
+@pytest.mark.parametrize("point", ["bind", "bound", "task", "ran", "results", "copy", "half", "copied"])
+def test_an_update_in_the_driver_that_fails_anywhere_is_resumed_exactly(executor: str, point: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).random(400_000)
+    with sa.Pool(workers=2), sa.config.set(scheduler=executor):
+        for nth in range(1, 100):
+            x = sa.array(values, chunks=100_000)
+            count = tmp_path / str(nth)
+            faults.arm(faults.Fault(point, nth, "raise", "driver", str(count)))
+            try:
+                x += 1
+            except faults.InjectedFault as error:
+                faults.arm(None)
+                if isinstance(error, sa.PartialUpdateError):
+                    check_chunks(x, values)
+                    error.resume()
+                    np.testing.assert_array_equal(np.asarray(x), values + 1)
+                else:  # nothing was written, or all of it
+                    assert any(np.array_equal(np.asarray(x), values + k) for k in (0, 1))
+            faults.arm(None)
+            passages = count.stat().st_size if count.exists() else 0
+            if passages < nth:
+                break
+        assert nth > 1
+        np.testing.assert_array_equal(np.asarray(x), values + 1)
+
+
+def check_chunks(x: sa.Array, values: np.ndarray) -> None:
+    """Assert that each chunk is old or new, or says that it is torn."""
+    for start in range(0, len(values), 100_000):
+        piece = slice(start, start + 100_000)
+        with contextlib.suppress(sa.TornChunkError):
+            assert any(np.array_equal(np.asarray(x[piece]), values[piece] + k) for k in (0, 1))
