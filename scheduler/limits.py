@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Budget", "BudgetStatistics", "available_nbytes", "cpu_count", "format_bytes", "parse_bytes"]
+__all__ = ["Budget", "BudgetStatistics", "available_nbytes", "cpu_count", "format_bytes", "oom_kills", "parse_bytes"]
 
 DEFAULT_SHARE = 0.6  # of what is available: the rest is for the user's own arrays and everybody else
 NO_LIMIT_V1_NBYTES = 1 << 62  # version 1 writes "none" as the largest multiple of a page, 9223372036854771712
@@ -107,6 +107,21 @@ def cpu_count(root: str | os.PathLike[str] = "/") -> int:
     return max(math.ceil(found), 1)
 
 
+def oom_kills(root: str | os.PathLike[str] = "/") -> int:
+    """Return how often the kernel has killed a process of our cgroup (without one: of this machine) because memory ran out.
+
+    0 where that is not told. Only differences mean anything: the count begins when the group was made.
+    """
+    # The victim's own group counts it, whichever limit above it was hit; folders that are not mounted here say nothing.
+    for folder in _ancestors(Path(root), "", ("", "unified")):
+        if (count := _find_stat(folder / "memory.events", "oom_kill")) is not None:
+            return count
+    for folder in _ancestors(Path(root), "memory", ("memory",)):
+        if (count := _find_stat(folder / "memory.oom_control", "oom_kill")) is not None:
+            return count
+    return _read_stat(Path(root) / "proc/vmstat", "oom_kill")
+
+
 def _ancestors(root: Path, controller: str, mounts: tuple[str, ...]) -> Iterator[Path]:
     """Yield the folders of this process's cgroup and of all above it; controller "" is the one hierarchy of version 2.
 
@@ -147,11 +162,15 @@ def _read_limit(path: Path) -> float:
 
 
 def _read_stat(path: Path, name: str) -> int:
+    return _find_stat(path, name) or 0
+
+
+def _find_stat(path: Path, name: str) -> int | None:
     for line in _read(path).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.isdigit():
             return int(value)
-    return 0
+    return None
 
 
 @dataclass(frozen=True, slots=True)

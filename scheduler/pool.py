@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
+import math
 import mmap
 import os
 import pickle
@@ -41,6 +43,7 @@ from typing import Any
 import scheduler
 from scheduler import faults
 from scheduler.errors import PoolClosed, SchedulerError, WorkerStartError
+from scheduler.limits import oom_kills
 from scheduler.redo import NOT_BEGUN, unpack
 from scheduler.running import (
     GIVE_UP_AFTER_S,
@@ -55,6 +58,7 @@ from scheduler.running import (
 from scheduler.segments import Memory
 from scheduler.state import (
     DRIVER_LANE,
+    OUT_OF_MEMORY,
     BufferDone,
     CancelRequested,
     Command,
@@ -74,6 +78,7 @@ from scheduler.state import (
     WorkerNotStarted,
 )
 from scheduler.task import Report
+from scheduler.watch import STALLED_S, Attempts, Watch, look_again_s
 from scheduler.worker import (
     PACKET_NBYTES,
     WORDS_PER_SLOT,
@@ -88,10 +93,13 @@ from scheduler.worker import (
 
 __all__ = ["Ticket", "WorkerPool", "can_start_workers", "describe_exit"]
 
-MOST_START_FAILURES = 3  # in a row
+START_S = 60.0  # a worker that has not said hello by then never will
+OOM_S = 1.0  # deaths by SIGKILL this soon after the out-of-memory killer counted one more are its doing
 KILL_AFTER_S = 0.3  # a worker still busy with a cancelled plan
 CLOSE_S = 0.5
 TAIL_NBYTES = 4000  # of a worker's stderr, in an error
+
+_log = logging.getLogger("shmarray")
 
 
 def can_start_workers() -> bool:
@@ -134,6 +142,9 @@ class _Member:
         self.known: set[tuple[int, int]] = set()  # (plan, layer) that were set up there
         self.to_forget: list[int] = []
         self.path: tuple[list[str], str] | None = None
+        self.watch = Watch()
+        self.doom = ""  # why we killed it
+        self.doomed_at: tuple[int, int] | None = None  # the run id and the task for which
 
     def flush(self) -> bool:
         """Send as much as goes without waiting; return whether all of it went. A stopped worker takes nothing."""
@@ -193,8 +204,9 @@ class _Loop:
     ``_is_closing``, which are changed under ``_gate`` alone: a descriptor that was closed may be somebody's file by now.
     """
 
-    def __init__(self, slots: int, arena_fd: int, arena_nbytes: int, memory: Memory) -> None:
+    def __init__(self, slots: int, arena_fd: int, arena_nbytes: int, memory: Memory, task_timeout_s: float | None = None) -> None:
         self.slots = slots
+        self.task_timeout_s = task_timeout_s
         self.arena_fd, self.arena_nbytes = arena_fd, arena_nbytes
         self.memory = memory
         self.pid = os.getpid()
@@ -204,8 +216,11 @@ class _Loop:
         self.by_fd: dict[int, _Member] = {}
         self.timers: list[tuple[float, Callable[[], None]]] = []
         self.restarts = 0  # timers that will start a worker
-        self.start_failures = 0
+        self.attempts = [Attempts() for _ in range(slots)]
         self.start_error = ""
+        self.look_at_s = math.inf  # when the workers will next be looked at; never, while they rest
+        self.oom_kills = 0
+        self.oom_until_s = -math.inf
         self.events: deque[Event] = deque()
         self.inbox: deque[Callable[[], None]] = deque()
         self.helper: _Work | None = None
@@ -395,6 +410,12 @@ class _Loop:
             _finish(ticket)
             return
         self.tickets[running.plan_id] = ticket
+        was_given_up = all(attempts.is_over for attempts in self.attempts)
+        for attempts in self.attempts:
+            if was_given_up:
+                attempts.succeeded()
+            else:
+                attempts.try_again()
         self._feed(running.submission())
 
     def abandon(self, ticket: Ticket, reason: BaseException) -> None:
@@ -468,7 +489,7 @@ class _Loop:
                 self.tickets[command.plan_id].running.is_stopping = True
                 self.words[cancel_word(self.slots, command.plan_id)] = command.plan_id
             case StartWorker():
-                self._start(command.worker)
+                self._start_soon(command.worker)
 
     def _help(self, running: Running, command: SendRange) -> None:
         if self.helper is None:
@@ -496,6 +517,7 @@ class _Loop:
         forget, member.to_forget = member.to_forget, []
         message = ("range", command.run_id, *key, command.start, command.stop, command.step, setup, path, forget)
         self._post(member, message)
+        self._look_within(look_again_s(self._timeout_s(ticket)))
 
     def _post(self, member: _Member, message: tuple[Any, ...]) -> None:
         idle = not member.outgoing
@@ -509,6 +531,7 @@ class _Loop:
             match message:
                 case ("done", run_id, elapsed_s, warned):
                     self._note(member, run_id, warned)
+                    self.attempts[member.slot].succeeded()
                     self._feed(RangeFinished(member.slot, run_id, elapsed_s))
                 case ("failed", run_id, task, step, is_bound, blob, summary, trace, warned):
                     self._note(member, run_id, warned)
@@ -518,7 +541,6 @@ class _Loop:
                     self._feed(RangeStopped(member.slot, run_id, task))
                 case ("hello", *_):
                     member.has_joined = True
-                    self.start_failures = 0
                     self._feed(WorkerJoined(member.slot))
         if was_open and not member.is_open:
             # Usually it is dying. If it only lost its socket (a task that closed every descriptor) it is of no use to anyone.
@@ -531,9 +553,110 @@ class _Loop:
                 if queued == run_id:
                     self.tickets[plan_id].running.warnings.update(dict.fromkeys(warned))
 
+    # -- workers that do not get on
+
+    def _timeout_s(self, ticket: Ticket) -> float | None:
+        """Return how long a task of this plan may take: the shorter of what plan and pool say."""
+        return min((t for t in (ticket.running.plan.task_timeout_s, self.task_timeout_s) if t is not None), default=None)
+
+    def _look_within(self, delay_s: float) -> None:
+        when = time.monotonic() + delay_s
+        if when < self.look_at_s:
+            self.look_at_s = when
+            self.timers.append((when, self._look))
+
+    def _look(self) -> None:
+        """See where the workers are, and come back as long as one of them has work."""
+        now = time.monotonic()
+        if now < self.look_at_s:
+            return  # a nearer look was asked for, and has been
+        self.look_at_s = math.inf
+        self._was_out_of_memory()
+        for member in list(self.members.values()):
+            queued = self.state.in_flight(member.slot)
+            if not queued:
+                member.watch.look(None, now)
+                continue
+            timeout_s = self._timeout_s(self.tickets[queued[0][1]])
+            run_id, cursor = self._place(member)
+            is_binding = self.words[WORDS_PER_SLOT * member.slot + 2]
+            elapsed_s = member.watch.look((queued[0][0], run_id, cursor, is_binding), now)
+            # Importing what a function needs is not its fault, and takes seconds in every new worker.
+            if timeout_s is not None and elapsed_s > (max(timeout_s, STALLED_S) if is_binding else timeout_s):
+                self._time_out(member, timeout_s, elapsed_s)
+            if elapsed_s > STALLED_S and not member.watch.is_told:
+                self._tell_if_stopped(member, elapsed_s)
+            self._look_within(look_again_s(timeout_s))
+
+    def _place(self, member: _Member) -> tuple[int, int]:
+        """Return the run id that a worker shows, and the task; `NOT_BEGUN` when there is none."""
+        at = WORDS_PER_SLOT * member.slot
+        word = self.words[at]
+        return self.words[at + 1], unpack(word)[0] if word != NOT_BEGUN else NOT_BEGUN
+
+    def _time_out(self, member: _Member, timeout_s: float, elapsed_s: float) -> None:
+        """Kill a worker for the task it is at. One that did not even begin its range is given longer: nobody is to blame."""
+        place = self._place(member)
+        self._listen(member)  # it may have done it by now
+        if self._place(member) != place or not self.state.in_flight(member.slot):
+            return
+        if self.state.place(member.slot, *place) is not None:
+            member.doom, member.doomed_at = f"task_timeout of {timeout_s:g} s", place
+            member.kill()
+        elif elapsed_s > max(timeout_s, STALLED_S):
+            member.doom = f"it did not get to its tasks within {elapsed_s:.0f} s"
+            member.kill()
+
+    def _tell_if_stopped(self, member: _Member, elapsed_s: float) -> None:
+        what = {"T": "stopped (T)", "D": "waiting for a device (D)"}.get(_state_of(member.process.pid))
+        if what is None:
+            return
+        member.watch.is_told = True
+        where = self.state.place(member.slot, *self._place(member)) or "its next tasks"
+        pid = member.process.pid
+        text = (
+            f"worker process {pid} has not got on with {where} for {elapsed_s:.0f} s: it is {what}. Let it go on (kill -CONT {pid}) or "
+            f"end it (kill -KILL {pid}; another does its work); sa.config.set(task_timeout=...) does that by itself."
+        )
+        # Not in this thread: a handler is the user's code, and may wait for us.
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=_log.warning, args=(text,), name="shmarray-log", daemon=True).start()
+
+    def _was_out_of_memory(self) -> bool:
+        """Return whether the out-of-memory killer has been here just now."""
+        count, now = oom_kills(), time.monotonic()
+        if count > self.oom_kills:
+            self.oom_kills, self.oom_until_s = count, now + OOM_S
+        return now < self.oom_until_s
+
+    def _why(self, member: _Member, code: int | None) -> str:
+        """Return how a worker ended, in words."""
+        if code != -signal.SIGKILL:
+            return describe_exit(code)
+        if member.doom:
+            return member.doom
+        return describe_exit(code) + (f", by the kernel's {OUT_OF_MEMORY}" if self._was_out_of_memory() else "")
+
     # -- workers
 
+    def _start_soon(self, slot: int) -> None:
+        """Start a worker, after a pause when others have died in this slot; or give the slot up when too many have."""
+        attempts = self.attempts[slot]
+        if attempts.is_over:
+            self._give_up(slot)
+        elif not attempts.pause_s:
+            self._start(slot)
+        else:
+            self.restarts += 1
+            self._after(attempts.pause_s, lambda: self._restart(slot))
+
+    def _restart(self, slot: int) -> None:
+        self.restarts -= 1
+        self._start(slot)
+
     def _start(self, slot: int) -> None:
+        if not self.starts:
+            self.oom_kills = oom_kills()
         self.starts += 1
         at = WORDS_PER_SLOT * slot
         self.words[at], self.words[at + 1], self.words[at + 2] = NOT_BEGUN, 0, 0
@@ -549,6 +672,12 @@ class _Loop:
         member.path = [*sys.path], _directory()
         environment = {"PYTHONPATH": os.environ.get("PYTHONPATH")}
         self._post(member, ("hello", self.slots, self.arena_nbytes, *member.path, environment))
+        self._after(START_S, lambda: self._expect(member))
+
+    def _expect(self, member: _Member) -> None:
+        if self.members.get(member.slot) is member and not member.has_joined:
+            member.doom = f"not ready {START_S:.0f} s after its start"
+            member.kill()
 
     def _spawn(self, slot: int) -> _Member:
         """Start a process. Only ever called by the loop's thread."""
@@ -561,6 +690,7 @@ class _Loop:
             opened += [life, far_life]
             capture = os.memfd_create("shmarray-stderr", os.MFD_CLOEXEC)
             opened.append(capture)
+            os.fchmod(capture, 0o600)
             stderr = _duplicate_stderr()
             opened.append(stderr)
             faults.point("spawn")
@@ -592,7 +722,10 @@ class _Loop:
         """Clear up after a death: what it was at, who replaces it."""
         faults.point("bury")
         code = member.process.poll()
-        reason = describe_exit(code)
+        reason = self._why(member, code)
+        if code != -signal.SIGKILL:
+            member.doom = ""  # something else was faster
+        was_killed = code == -signal.SIGKILL and not member.doom
         if member.is_open:
             self.epoll.unregister(member.link)
         self.epoll.unregister(member.pidfd)
@@ -600,8 +733,11 @@ class _Loop:
         tail = "" if member.has_joined else member.tail()
         member.close()
         if not member.has_joined:
-            self._start_failed(member.slot, f"{reason}\n{tail}".strip())
+            self._start_failed(member.slot, f"{reason}\n{tail}".strip(), was_killed=was_killed)
             return
+        if not self.words[WORDS_PER_SLOT * member.slot + 1]:  # it was ready, and never began anything
+            self.start_error = f"{reason}, before it began its first task"
+            self.attempts[member.slot].failed(was_killed=was_killed)
         self._lose(member, reason)
 
     def _lose(self, member: _Member, reason: str) -> None:
@@ -619,30 +755,28 @@ class _Loop:
         for plan_id in {plan_id for _, plan_id, _ in queued}:
             self.tickets[plan_id].deaths += 1
         cursor, step = found or (None, 0)
-        self._feed(WorkerLost(member.slot, cursor, reason, member.process.pid, not is_binding, step))
+        is_charged = not member.doom or member.doomed_at == (run_id, cursor)
+        self._feed(WorkerLost(member.slot, cursor, reason, member.process.pid, not is_binding, step, is_charged))
         faults.point("buried")
 
-    def _start_failed(self, slot: int, why: str) -> None:
-        self.start_failures += 1
+    def _start_failed(self, slot: int, why: str, *, was_killed: bool = False) -> None:
         self.start_error = why
-        if self.start_failures < MOST_START_FAILURES:
-            self.restarts += 1
-            self._after(0.05 * 4 ** (self.start_failures - 1), lambda: self._restart(slot))
-            return
+        self.attempts[slot].failed(was_killed=was_killed)
+        self._start_soon(slot)
+
+    def _give_up(self, slot: int) -> None:
+        """Go on with fewer workers; without any, tell every plan why. The next plan that is submitted tries anew."""
+        attempts = self.attempts[slot]
+        times = attempts.failures + attempts.kills
         self._feed(WorkerNotStarted(slot))
         if self.members or self.restarts:
-            return  # go on with fewer
-        self.start_failures = 0
+            return
         for plan_id in list(self.tickets):
             error = WorkerStartError(
-                f"starting worker processes failed {MOST_START_FAILURES} times in a row, and none is left. The last one, "
+                f"starting worker processes failed {times} times in a row, and none is left. The last one, "
                 f"{sys.executable!r}, said:\n{self.start_error}\nUse scheduler='threads' if processes cannot be started here."
             )
             self._feed(CancelRequested(plan_id, error))
-
-    def _restart(self, slot: int) -> None:
-        self.restarts -= 1
-        self._start(slot)
 
 
 def _finish(ticket: Ticket) -> None:
@@ -677,6 +811,15 @@ def _poll(fd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(timeout_s * 1000))
+
+
+def _state_of(pid: int) -> str:
+    """Return the letter that the kernel has for what a process is doing; "" when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return chr(file.read().rpartition(b") ")[2][0])
+    except (OSError, IndexError):
+        return ""
 
 
 def _directory() -> str:
@@ -724,8 +867,8 @@ def describe_exit(code: int | None) -> str:
 class WorkerPool:
     """The handle on a loop and its workers. Nothing in the loop refers to it: dropped, the workers go."""
 
-    def __init__(self, slots: int, arena_fd: int, arena_nbytes: int, memory: Memory) -> None:
-        self._loop = _Loop(slots, arena_fd, arena_nbytes, memory)
+    def __init__(self, slots: int, arena_fd: int, arena_nbytes: int, memory: Memory, task_timeout_s: float | None = None) -> None:
+        self._loop = _Loop(slots, arena_fd, arena_nbytes, memory, task_timeout_s)
         self._finalizer = weakref.finalize(self, self._loop.close, wait=False)
         self._finalizer.atexit = False  # _close_all does that, and waits
 

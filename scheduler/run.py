@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import math
 import os
 import pkgutil
 import threading
@@ -58,15 +59,25 @@ class Pool:
 
     ``workers`` None: as many as there are cores for this process; 0: everything happens in the calling thread.
     ``memory_limit`` None: a share of what is available now. As a context manager it is the default pool inside, closed after.
+    ``task_timeout`` in seconds: a worker process that takes longer for one task is killed, as a death of that task; None: never.
     Threads may share a pool; a forked child may not.
     """
 
-    def __init__(self, workers: int | None = None, memory_limit: int | str | None = None, spill_directory: str | None = None) -> None:
+    def __init__(
+        self,
+        workers: int | None = None,
+        memory_limit: int | str | None = None,
+        spill_directory: str | None = None,
+        task_timeout: float | None = None,
+    ) -> None:
         if workers is not None and not isinstance(workers, int):
             raise TypeError(f"Pool(workers={workers!r}): give a whole number, or None (one per core), not {type(workers).__name__}.")
         if workers is not None and workers < 0:
             raise ValueError(f"a pool of {workers} workers: give 0 (run in the calling thread), a count, or None (one per core).")
+        if task_timeout is not None and not 0 < task_timeout < math.inf:
+            raise ValueError(f"Pool(task_timeout={task_timeout!r}): give a positive number of seconds, or None (no limit).")
         self.pid = os.getpid()
+        self.task_timeout_s = task_timeout
         self.workers = cpu_count() if workers is None else workers
         self.spill_directory = spill_directory
         self.budget = Budget(None if memory_limit is None else parse_bytes(memory_limit))
@@ -132,7 +143,7 @@ class Pool:
             # Over while we are open: a bug of ours ended the loop. The plans of then were told; those to come need not suffer.
             if self._worker_pool is None or self._worker_pool.is_over:
                 permit_workers()
-                self._worker_pool = WorkerPool(self.workers, self.arena.fd, self.arena.nbytes, self.memory)
+                self._worker_pool = WorkerPool(self.workers, self.arena.fd, self.arena.nbytes, self.memory, self.task_timeout_s)
             return self._worker_pool
 
     # -- memory

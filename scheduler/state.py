@@ -26,6 +26,7 @@ from scheduler.task import Dependency, Layer, Plan
 
 __all__ = [
     "DRIVER_LANE",
+    "OUT_OF_MEMORY",
     "BufferDone",
     "CancelRequested",
     "Command",
@@ -50,6 +51,7 @@ __all__ = [
 DRIVER_LANE = -1
 MOST_QUEUED = 2  # one running, one waiting: a worker never waits for the driver between short ranges
 MOST_DEATHS = 3  # of one task
+OUT_OF_MEMORY = "out-of-memory killer"  # part of a reason
 RANGE_S = 0.008  # aimed at: long enough to drown the round trip (0.1 ms), short enough to balance and to cancel
 PREFETCH_S = 0.02  # a second range is queued only behind one that is known to be shorter: nobody waits behind a long task
 PREFETCH_GUESS_S = 0.002  # the same while the cost is only a hint, which may be wrong by a thousand
@@ -94,7 +96,7 @@ class WorkerLost:
 
     A cursor equal to the range's stop says that all of it was done, only not reported. ``is_bound`` False: it was still binding
     the layer's kernel, for that task, and had written nothing. ``step``: the first step of that task that is still to do, where
-    the layer is in place; -1: its target could not be put in order.
+    the layer is in place; -1: its target could not be put in order. ``is_charged`` False: it was killed for what it did before.
     """
 
     worker: int
@@ -103,6 +105,7 @@ class WorkerLost:
     pid: int
     is_bound: bool = True
     step: int = 0
+    is_charged: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +347,7 @@ class _PlanState:
     """One plan: its layers, which of them may be begun, what of its memory is live."""
 
     __slots__ = (
+        "alone",
         "buffer_users",
         "deaths",
         "error",
@@ -382,6 +386,7 @@ class _PlanState:
         self.error_at: tuple[int, int] = (-1, -1)
         self.deaths: dict[tuple[int, int], list[tuple[str, int]]] = {}
         self.ndeaths = 0
+        self.alone: set[tuple[int, int]] = set()  # tasks that died for lack of memory: nothing else of the plan runs until they are done
         self.unfinished: list[tuple[int, int, int]] = []
         self._resume(event)
         for state in self.layers:
@@ -579,6 +584,8 @@ class _PlanState:
             return
         is_first = not state.finished.count
         state.finished.add(start, stop)
+        if self.alone:
+            self.alone = {(i, task) for i, task in self.alone if i != state.index or not start <= task < stop}
         for task in [t for t in state.steps if start <= t < stop] if state.steps else ():
             del state.steps[task]
         is_last = state.finished.count == state.ntasks
@@ -674,6 +681,13 @@ class State:
         """Return (run id, plan id, layer) of the ranges a lane has, oldest first."""
         return [(r.run_id, r.plan.plan_id, r.layer.index) for r in self.lanes.get(worker, ())]
 
+    def place(self, worker: int, run_id: int, cursor: int) -> str | None:
+        """Return the task in words at which a worker is that shows this run id and cursor; None: it is between ranges."""
+        queue = self.lanes.get(worker)
+        if not queue or queue[0].run_id != run_id or not queue[0].start <= cursor < queue[0].stop:
+            return None
+        return _where(queue[0].layer, cursor)
+
     def deaths(self, plan_id: int) -> int:
         """Return how many deaths a running plan has survived."""
         return self.plans[plan_id].ndeaths
@@ -768,7 +782,10 @@ class State:
         # A death that came after some more steps were done says nothing against the next one.
         if event.step > layer.steps.get(cursor, 0):
             deaths.clear()
-        deaths.append((event.reason, event.pid))
+        if event.is_charged:
+            deaths.append((event.reason, event.pid))
+        if OUT_OF_MEMORY in event.reason:
+            plan.alone.add((layer.index, cursor))
         # Who died while binding had written nothing: then it is run again even where that would be wrong later.
         is_torn = event.is_bound and (event.step < 0 if layer.layer.in_place else not layer.layer.retry)
         is_refused = len(deaths) >= MOST_DEATHS
@@ -841,6 +858,8 @@ class State:
     def _send(self, lane: int, queue: list[_Range], commands: list[Command]) -> None:
         for plan_id in self.turn:
             plan = self.plans[plan_id]
+            if plan.alone and plan.in_flight:
+                continue
             taken = plan.take(lane, self.nslots, commands)
             if taken is None:
                 continue
@@ -932,8 +951,18 @@ def _torn(layer: _LayerState, task: int, event: WorkerLost) -> TornChunkError:
 
 def _refused(layer: _LayerState, task: int, deaths: list[tuple[str, int]]) -> WorkerDied:
     listed = "; ".join(f"process {pid}: {reason}" for reason, pid in deaths)
+    advice = []
+    if any(OUT_OF_MEMORY in reason for reason, _ in deaths):
+        advice.append("The system ran out of memory: use smaller chunks, fewer workers, or a lower memory_limit.")
+    if any("task_timeout" in reason for reason, _ in deaths):
+        advice.append("It takes longer than task_timeout allows: raise that, use smaller chunks, or find out where it hangs.")
     return WorkerDied(
-        f"{_where(layer, task)} ended {len(deaths)} worker processes ({listed}) and is refused from now on. SIGKILL is often the "
-        f"system running out of memory (use smaller chunks or fewer workers); SIGSEGV, SIGABRT or an exit code come from the "
-        f"function itself: run it with scheduler='synchronous' to see where."
+        f"{_where(layer, task)} ended {len(deaths)} worker processes ({listed}) and is refused from now on. "
+        + " ".join(advice or [_CAUSES])
     )
+
+
+_CAUSES = (
+    "SIGKILL is often the system running out of memory (use smaller chunks or fewer workers); SIGSEGV, SIGABRT or an exit code "
+    "come from the function itself: run it with scheduler='synchronous' to see where."
+)

@@ -164,13 +164,15 @@ class Plan:
 
     ``scratch_nbytes`` is what one worker may need at once beside the buffers. ``isolated`` plans hold a user's function
     and so never run in the driver by default. ``keep`` is held until the last task that might use it has ended. ``progress``: what an
-    earlier run has done.
+    earlier run has done. ``task_timeout_s``: how long one task may keep a worker process, if its pool does not allow less; None: no
+    limit.
     """
 
     buffers: tuple[Buffer, ...]
     layers: tuple[Layer, ...]
     scratch_nbytes: int = 0
     isolated: bool = False
+    task_timeout_s: float | None = None
     locks: tuple[LockRequest, ...] = ()
     keep: tuple[Any, ...] = field(default=(), compare=False)
     progress: Progress | None = None

@@ -60,6 +60,9 @@ WORDS_PER_SLOT = 8  # 64 bytes: no two workers write one cache line
 PACKET_NBYTES = 1 << 16
 MOST_KERNELS = 256
 MOST_KERNEL_NBYTES = 64 << 20
+MOST_ERROR_NBYTES = 64 << 20  # beyond, an exception does not travel, only what it says
+SUMMARY_LENGTH = 4000
+TRACE_LENGTH = 100_000  # a chain of ten thousand causes is of no use to anyone
 _F_SETSIG = 10
 _MORE, _LAST = b"\x01", b"\x00"
 
@@ -95,9 +98,16 @@ def annotate(error: BaseException, layer: Layer, task: int, trace: str = "") -> 
     if trace:
         notes.append("in a worker process:\n" + trace.rstrip())
     for note in notes:
+        _add_note(error, note)
+    return error
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    try:
         if note not in getattr(error, "__notes__", ()):  # the same exception object may be raised by several tasks
             error.add_note(note)
-    return error
+    except Exception:  # a class that takes no notes: what it says itself matters more
+        pass
 
 
 def _describe(layer: Layer, task: int) -> str:
@@ -117,7 +127,7 @@ def contain(error: BaseException) -> BaseException:
 
 def _repr(value: object) -> str:
     try:
-        return repr(value)
+        return str.__str__(repr(value))
     except Exception:
         return f"<{type(value).__name__} whose repr fails>"
 
@@ -212,6 +222,7 @@ class _Process:
     def __init__(self, link: socket.socket, words: memoryview, slot: int) -> None:
         self.redo: Redo
         self.link = link
+        self._link_id = os.fstat(link.fileno()).st_ino
         self.words = words
         self.slot = slot
         self.slots = 0
@@ -233,6 +244,13 @@ class _Process:
             if packet[:1] == _LAST:
                 return pickle.loads(whole.getbuffer())
 
+    def has_link(self) -> bool:
+        """Return whether the socket is still ours: a task may have closed it, and what it opened then have its number."""
+        try:
+            return os.fstat(self.link.fileno()).st_ino == self._link_id
+        except OSError:
+            return False
+
     def send(self, message: tuple[Any, ...]) -> None:
         for packet in packets(pickle.dumps(message, pickle.HIGHEST_PROTOCOL)):
             try:
@@ -252,6 +270,16 @@ class _Process:
             if path is not None:
                 self.move_to(*path)
             self.run(run_id, plan_id, layer, start, stop, step, setup)
+
+    def leave(self) -> None:
+        """End, without a word to the driver: the cursor says what is done, and another worker does the rest."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(
+                f"shmarray: a task closed descriptors that are not its own (os.closerange?). Worker process {os.getpid()} cannot speak "
+                f"to its driver any more and ends; another takes its place.\n"
+            )
+            sys.stderr.flush()
+        os._exit(1)
 
     def move_to(self, path: list[str], directory: str) -> None:
         """Take over where the driver finds modules and relative paths."""
@@ -300,6 +328,8 @@ class _Process:
         told = list(warned)
         warned.clear()
         _flush()
+        if not self.has_link():
+            self.leave()
         faults.point("reply")
         if failed is not None:
             self.send(("failed", run_id, failed[0], settled(redo, self.memory), not is_binding, *_luggage(failed[1]), told))
@@ -324,7 +354,7 @@ class _Process:
                 try:
                     entry[1] = cloudpickle.loads(entry[0])
                 except BaseException as error:
-                    error.add_note("while loading the function in a worker process: is its module importable there?")
+                    _add_note(error, "while loading the function in a worker process: is its module importable there?")
                     raise
                 entry[0] = b""
             warned: dict[Warned, None] = {}
@@ -356,22 +386,33 @@ def _flush() -> None:
 
 def _luggage(error: BaseException) -> tuple[bytes | None, str, str]:
     """Return an error as (pickle or None, summary, traceback text): what can travel, whatever the error is made of."""
-    summary = f"{type(error).__name__}: {_repr(error)}"
+    try:
+        summary = _shortened(f"{type(error).__name__}: {_repr(error)}", SUMMARY_LENGTH)
+    except BaseException:  # a repr that calls sys.exit()
+        summary = f"{type(error).__name__}: <its repr fails>"
     try:
         # The first frame is this file's, of no use to anyone.
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next))
     except BaseException:
         trace = summary
+    trace = _shortened(trace, TRACE_LENGTH)
     if not isinstance(error, Exception):
         return None, summary, trace
     try:
         blob = cloudpickle.dumps(error)
         # What can be pickled cannot always be loaded: an exception whose __init__ takes two arguments, for one.
-        if type(pickle.loads(blob)) is not type(error):
+        if len(blob) > MOST_ERROR_NBYTES or type(pickle.loads(blob)) is not type(error):
             blob = None
     except BaseException:
         blob = None
     return blob, summary, trace
+
+
+def _shortened(text: str, length: int) -> str:
+    """Return the beginning and the end of a text that is longer than ``length``."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]}\n... {len(text) - length} characters left out ...\n{text[-(length // 2) :]}"
 
 
 def unpack_error(blob: bytes | None, summary: str) -> BaseException:

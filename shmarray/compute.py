@@ -295,7 +295,9 @@ class _Run:
 
     def _run_plan(self) -> Report:
         assert self.plan is not None
-        return self.pool.run(self.plan, self.scheduler or config.scheduler, self.outcome)
+        limit_s = config.task_timeout
+        plan = self.plan if limit_s is None else replace(self.plan, task_timeout_s=limit_s)
+        return self.pool.run(plan, self.scheduler or config.scheduler, self.outcome)
 
     def _damages(self) -> list[Damage]:
         plan = self.plan

@@ -8,6 +8,7 @@ Never put here: what a value means; only its name, type and default.
 from __future__ import annotations
 
 import contextvars
+import math
 import os
 import pkgutil
 import threading
@@ -37,6 +38,13 @@ def _nbytes(value: Any) -> int:
     return number
 
 
+def _seconds(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"got {value!r}, expected a positive number of seconds")
+    return number
+
+
 def _text(value: Any) -> str:
     return os.path.expanduser(str(os.fspath(value)))
 
@@ -63,6 +71,7 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "scheduler": _scheduler,
         "engine": _engine,
         "cache_directory": _text,
+        "task_timeout": _seconds,
     }
 )
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -74,6 +83,7 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "scheduler": None,  # tiny work in this process, the rest in worker processes
         "engine": "auto",  # compiled kernels where the work pays for compiling
         "cache_directory": None,  # of compiled kernels: the user's cache directory
+        "task_timeout": None,
     }
 )
 
@@ -91,6 +101,7 @@ class Config:
     scheduler           by size of the work   "processes", "threads" or "synchronous"
     engine              "auto"                "auto", "llvm" or "numpy": which kernels are compiled
     cache_directory     ~/.cache/shmarray     where compiled kernels are kept
+    task_timeout        none                  seconds that one task may keep a worker process before that is killed
     =================== ===================== =====================================================================
 
     >>> import shmarray as sa

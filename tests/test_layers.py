@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SCHEDULER = """
 __init__ executors.__init__ errors faults limits
 task
-state segments extents results locks
+state segments extents results locks watch
 redo
 worker
 running
@@ -53,7 +53,8 @@ ops.shaping
 ops.creation ops.reductions ops.blocks
 ops.linalg
 array
-__init__
+__init__ doctor
+__main__
 """
 
 # What shmarray takes from scheduler: words of plans (task), the door (run), names of errors, bytes as text, and in the kernels
@@ -62,6 +63,7 @@ DOORS = {
     "scheduler.task": {
         "array",
         "compute",
+        "doctor",
         "explain",
         "partial",
         "plan",
@@ -75,11 +77,12 @@ DOORS = {
         "kernels.llvm.kernel",
     },
     "scheduler.redo": {"kernels.numpy"},
-    "scheduler.run": {"__init__", "compute", "explain", "plan", "storage", "templates"},
+    "scheduler.worker": {"doctor"},  # the life socket, to try it
+    "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "config", "engines", "explain"},
-    "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
+    "scheduler.limits": {"array", "chunks", "config", "doctor", "engines", "explain"},
+    "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"array", "storage"},
     "scheduler.results": {"plan"},
 }
@@ -88,6 +91,8 @@ DOORS = {
 LATE = {
     ("scheduler.task", "networkx"),
     ("shmarray.array", "networkx"),
+    ("shmarray.doctor", "llvmlite"),
+    ("shmarray.doctor", "shmarray.kernels.llvm.target"),
     ("shmarray.engines", "llvmlite"),
     ("shmarray.engines", "shmarray.kernels.llvm.engine"),
     ("shmarray.explain", "shmarray.kernels.llvm.engine"),

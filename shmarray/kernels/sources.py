@@ -9,6 +9,7 @@ Never put here: which nodes are made within a task (`passes`), grids (`tiles`).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from bisect import bisect_right
 from collections import OrderedDict
@@ -104,8 +105,9 @@ class BlockSource:
 
 def _note(error: Exception, where: str, line: str) -> None:
     for note in (where, f"built at {line}") if line else (where,):
-        if note not in getattr(error, "__notes__", ()):  # the same exception object may be raised by several tasks
-            error.add_note(note)
+        with contextlib.suppress(Exception):  # a class that takes no notes
+            if note not in getattr(error, "__notes__", ()):  # the same exception object may be raised by several tasks
+                error.add_note(note)
 
 
 def _reader(program: Program, result: int | None, context: Context) -> Callable[[Box], NDArray]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.limits import Budget, available_nbytes, cpu_count, format_bytes, parse_bytes
+from scheduler.limits import Budget, available_nbytes, cpu_count, format_bytes, oom_kills, parse_bytes
 
 MIB = 1 << 20
 NO_LIMIT_V1 = 9223372036854771712
@@ -220,3 +220,24 @@ def test_budget_keeps_count_among_threads() -> None:
         thread.join()
     assert budget.used_nbytes == 0
     assert budget.statistics().peak_nbytes <= 50
+
+
+def test_kills_for_lack_of_memory_are_those_of_the_own_group(tmp_path: Path) -> None:
+    write_v2(tmp_path, "/", memory__events="low 0\noom 9\noom_kill 9")
+    write_v2(tmp_path, "/a", memory__events="low 0\nhigh 3\nmax 8\noom 2\noom_kill 2\noom_group_kill 0")
+    assert oom_kills(tmp_path) == 2
+
+
+def test_kills_are_counted_where_the_groups_folder_is_not_mounted(tmp_path: Path) -> None:
+    write_v2(tmp_path, "/", memory__events="oom_kill 4")
+    write(tmp_path / "proc/self", cgroup="0::/docker/0123abcd")
+    assert oom_kills(tmp_path) == 4
+
+
+def test_v1_kills_and_those_of_the_machine(tmp_path: Path) -> None:
+    assert oom_kills(tmp_path) == 0
+    write(tmp_path / "proc", vmstat="pgfault 12\noom_kill 5\nx 1")
+    assert oom_kills(tmp_path) == 5
+    write(tmp_path / "proc/self", cgroup="4:cpu,memory:/jobs\n0::/")
+    write(tmp_path / "sys/fs/cgroup/memory/jobs", memory__oom_control="oom_kill_disable 0\nunder_oom 0\noom_kill 1")
+    assert oom_kills(tmp_path) == 1

@@ -13,6 +13,7 @@ import pytest
 from scheduler.errors import TornChunkError, WorkerDied
 from scheduler.state import (
     DRIVER_LANE,
+    OUT_OF_MEMORY,
     BufferDone,
     CancelRequested,
     Command,
@@ -333,6 +334,58 @@ def test_a_task_that_ends_three_workers_is_refused_by_name() -> None:
         assert part in str(failure.error)
 
 
+def test_a_worker_killed_for_an_earlier_task_charges_nobody() -> None:
+    state = ready_state(1)
+    (piece,) = sent(state.handle(Submitted(1, plan(layer(ntasks=1)))))
+    for _ in range(5):
+        assert state.handle(WorkerLost(0, 0, "task_timeout of 5 s", 7, is_charged=False)) == [StartWorker(0)]
+        (piece,) = sent(state.handle(WorkerJoined(0)))
+        state.check()
+    assert PlanFinished(1) in state.handle(RangeFinished(0, piece.run_id, 0.1))
+
+
+def test_the_place_of_a_worker_is_told_only_while_it_is_at_a_task() -> None:
+    state = ready_state(1)
+    (piece,) = sent(state.handle(Submitted(1, plan(layer(ntasks=1, line="script.py:8", describe=lambda i: f"chunk {i}")))))
+    place = state.place(0, piece.run_id, 0)
+    assert place is not None and all(part in place for part in ("chunk 0", "'layer'", "script.py:8"))
+    assert state.place(0, piece.run_id, 1) is None  # all done, not reported yet
+    assert state.place(0, piece.run_id, -1) is None
+    assert state.place(0, piece.run_id + 1, 0) is None
+    assert state.place(1, piece.run_id, 0) is None
+
+
+def test_a_task_that_died_for_lack_of_memory_is_done_again_with_nothing_beside_it() -> None:
+    state = ready_state(4)
+    pieces = sent(state.handle(Submitted(1, plan(layer(ntasks=100)))))
+    assert len(pieces) == 4
+    commands = state.handle(WorkerLost(pieces[0].worker, pieces[0].start, f"killed by SIGKILL, by the kernel's {OUT_OF_MEMORY}", 7))
+    commands += state.handle(WorkerJoined(pieces[0].worker))
+    assert sent(commands) == []  # the others are at work
+    for piece in pieces[1:3]:
+        assert sent(state.handle(RangeFinished(piece.worker, piece.run_id, 0.1))) == []
+    (alone,) = sent(state.handle(RangeFinished(pieces[3].worker, pieces[3].run_id, 0.1)))
+    assert (alone.start, alone.stop) == (pieces[0].start, pieces[0].start + 1)
+    commands = state.handle(RangeFinished(alone.worker, alone.run_id, 0.1))
+    assert len({piece.worker for piece in sent(commands)}) == 4  # and then all together again
+    assert isinstance(drain(state, commands)[-1], PlanFinished)
+
+
+def test_a_refusal_advises_according_to_what_killed() -> None:
+    for reason, advice in (
+        (f"killed by SIGKILL, by the kernel's {OUT_OF_MEMORY}", "ran out of memory"),
+        ("task_timeout of 5 s", "longer than task_timeout allows"),
+        ("killed by SIGSEGV", "come from the function itself"),
+    ):
+        state = ready_state(1)
+        state.handle(Submitted(1, plan(layer(ntasks=1))))
+        for _ in range(2):
+            state.handle(WorkerLost(0, 0, reason, 7))
+            state.handle(WorkerJoined(0))
+        (failed,) = [c for c in state.handle(WorkerLost(0, 0, reason, 7)) if isinstance(c, PlanFailed)]
+        assert advice in str(failed.error) and str(failed.error).count(reason) == 3
+
+
 def test_a_task_that_must_not_run_twice_leaves_a_torn_chunk() -> None:
     state = ready_state(1)
     made = plan(layer("add", 1, describe=lambda i: f"chunk {i}", line="script.py:3", retry=False))
@@ -560,7 +613,8 @@ class World:
             if cursor is not None:
                 self.mark(*key, head.start, cursor)
                 step = self.leave(*key, cursor) if cursor < head.stop else 0
-            self.feed(WorkerLost(lane, cursor, "killed by SIGKILL", rng.randrange(1000), True, step))
+            reason = rng.choice(["killed by SIGKILL", OUT_OF_MEMORY])
+            self.feed(WorkerLost(lane, cursor, reason, rng.randrange(1000), True, step, rng.random() < 0.9))
             if lane not in self.starting and self.state.turn and rng.random() < 0.5:
                 self.starting = [w for w in self.starting if w not in self.alive]
         elif roll < 0.08:
