@@ -21,8 +21,8 @@ from conftest import SOAK_MINUTES
 
 import shmarray as sa
 
-CHAOS_S = 60 * SOAK_MINUTES or 30.0
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * CHAOS_S + 120)]
+CHAOS_S = 60 * SOAK_MINUTES or 25.0
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * CHAOS_S + 240)]
 
 DTYPES = ("f8", "f4", "i8", "i2", "c16")
 TOLERANCE = {"f8": 1e-9, "f4": 1e-3, "i8": 0.0, "i2": 0.0, "c16": 1e-9}  # of what sums over an axis add up in another order
@@ -191,7 +191,7 @@ def test_random_programs_give_the_same_bits_whatever_dies(pools: dict[int, sa.Po
     until = time.monotonic() + CHAOS_S
     programs = kills = 0
     seed = first
-    while time.monotonic() < until:
+    while time.monotonic() < until or programs < 2:  # two also where the machine has other things to do
         program = Program(seed)
         engine = engines[seed % len(engines)]
         try:
@@ -214,4 +214,4 @@ def test_random_programs_give_the_same_bits_whatever_dies(pools: dict[int, sa.Po
         programs += 1
         seed += 1
     print(f"{programs} programs, {kills} kills, seeds {first} to {seed - 1}")
-    assert programs >= 2 and kills >= 5
+    assert kills >= 5
