@@ -2,6 +2,7 @@
 #
 #   make demo    the main job on real data: the land of the Earth at one kilometre
 #   make test    lint, formatting, types, tests and doctests; then what is optional
+#   make soak    faults and random programs under SIGKILL, for MINUTES (60)
 #   make bench   every benchmark, one after the other
 #
 # The virtual environment is made on first use and kept; PYTHON and VENV may be set to other ones.
@@ -11,7 +12,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 BENCHMARKS := $(filter-out benchmarks/measure.py,$(sort $(wildcard benchmarks/*.py)))
 
-.PHONY: demo test bench clean
+MINUTES ?= 60
+
+.PHONY: demo test soak bench clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/land_mask.py
@@ -26,6 +29,10 @@ test: $(VENV)/.test-installed $(VENV)/.demo-installed
 	$(BIN)/python -m pytest --doctest-modules shmarray --ignore=shmarray/kernels/llvm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[jit]"
 	$(BIN)/python -m pytest tests/shmarray/test_llvm_*.py tests/shmarray/test_explain.py tests/test_docs.py
+
+# Prints the first seed; SHMARRAY_SOAK_SEED=... repeats from there.
+soak: $(VENV)/.test-installed
+	SHMARRAY_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/faults/test_points.py tests/faults/test_chaos.py
 
 bench: $(VENV)/.bench-installed
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; echo; done

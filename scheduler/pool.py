@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import scheduler
+from scheduler import faults
 from scheduler.errors import PoolClosed, SchedulerError, WorkerStartError
 from scheduler.limits import oom_kills
 from scheduler.redo import NOT_BEGUN, unpack
@@ -351,17 +352,24 @@ class _Loop:
         with self._gate:
             self._is_closing = True
         try:
-            for plan_id in list(self.tickets):
-                self._feed(CancelRequested(plan_id, error))
+            with contextlib.suppress(Exception):  # the bug that ends us may strike again: the workers must go all the same
+                for plan_id in list(self.tickets):
+                    self._feed(CancelRequested(plan_id, error))
             self._end_members()
         finally:
             self._is_over = True
             for plan_id, ticket in list(self.tickets.items()):
                 ticket.running.is_stopping = True
+                failure = PlanFailed(plan_id, error)
+                with contextlib.suppress(Exception):  # it may be the state that has the bug
+                    failure = self.state.abandoned(plan_id, error)
                 with contextlib.suppress(Exception):  # one that cannot be closed must not keep the others waiting
-                    self._settle(plan_id, PlanFailed(plan_id, error))
+                    self._settle(plan_id, failure)
             while self.inbox:
                 self.inbox.popleft()()  # a plan submitted meanwhile: `submit` sees that we are closing
+            # What a bug left undone there holds the error, that its callers' frames, and these the pool.
+            self.events.clear()
+            self.state = State(self.slots)
             with self._gate:
                 self._close_descriptors()
 
@@ -387,8 +395,9 @@ class _Loop:
             if select.select([member.pidfd], [], [], left)[0] if member.pidfd < 1024 else _poll(member.pidfd, left):
                 code = member.process.poll()
                 if member.has_joined:  # what it did in place is done, though the plan fails
-                    self._listen(member)
-                    self._lose(member, describe_exit(code))
+                    with contextlib.suppress(Exception):  # as in `_end`
+                        self._listen(member)
+                        self._lose(member, describe_exit(code))
                 member.close()
                 del self.members[slot]
 
@@ -427,6 +436,7 @@ class _Loop:
                 member.kill()
 
     def _settle(self, plan_id: int, failure: PlanFailed | None) -> None:
+        faults.point("settle")
         ticket = self.tickets.pop(plan_id)
         ticket.failure = failure
         for member in self.members.values():
@@ -488,6 +498,7 @@ class _Loop:
         self.helper.put((running, command))
 
     def _send(self, member: _Member, ticket: Ticket, command: SendRange) -> None:
+        faults.point("send")
         setup: tuple[bytes, bytes | None, dict[int, tuple[int, ...]]] | None = None
         key = command.plan_id, command.layer
         if key not in member.known:
@@ -683,6 +694,7 @@ class _Loop:
             os.fchmod(capture, 0o600)
             stderr = _duplicate_stderr()
             opened.append(stderr)
+            faults.point("spawn")
             spill_fd = -1 if self.memory.spill is None else self.memory.spill.fd
             numbers = [far_link.fileno(), far_life.fileno(), self.arena_fd, self.control_fd, stderr, spill_fd]
             process = subprocess.Popen(
@@ -710,6 +722,7 @@ class _Loop:
 
     def _bury(self, member: _Member) -> None:
         """Clear up after a death: what it was at, who replaces it."""
+        faults.point("bury")
         code = member.process.poll()
         reason = self._why(member, code)
         if code != -signal.SIGKILL:
@@ -738,12 +751,15 @@ class _Loop:
         if queued and queued[0][0] == run_id and self.words[at] != NOT_BEGUN:
             redo = self.redos[member.slot]
             task = unpack(self.words[at])[0]
+            faults.point("repair")
             found = task, settled(redo, self.memory)
+            faults.point("repaired")
         for plan_id in {plan_id for _, plan_id, _ in queued}:
             self.tickets[plan_id].deaths += 1
         cursor, step = found or (None, 0)
         is_charged = not member.doom or member.doomed_at == (run_id, cursor)
         self._feed(WorkerLost(member.slot, cursor, reason, member.process.pid, not is_binding, step, is_charged))
+        faults.point("buried")
 
     def _start_failed(self, slot: int, why: str, *, was_killed: bool = False) -> None:
         self.start_error = why
@@ -867,6 +883,11 @@ class WorkerPool:
     def starts(self) -> int:
         """How many processes were ever started."""
         return self._loop.starts
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its loop takes nothing more: closed, or ended by a bug that the plans of then are told of."""
+        return self._loop._is_closing
 
     def run(self, running: Running, kernels: Mapping[int, tuple[bytes, bytes]]) -> Report:
         """Run a plan and wait for it; raise what it raised. Closes ``running`` in any case, if need be later."""

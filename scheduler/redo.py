@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scheduler import faults
 from scheduler.task import ARENA, Address
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Redo:
     Kernels of layers that are `in_place` do, for each step of a task from `first_step` on: ``room``, ``record``, compute, ``commit``.
     """
 
-    __slots__ = ("_task", "cursor", "first_step", "header", "slot", "start", "step", "words")
+    __slots__ = ("_memory", "_task", "cursor", "first_step", "header", "slot", "start", "step", "words")
 
     def __init__(self, words: memoryview, cursor: int, slot: np.ndarray[Any, np.dtype[np.uint8]] | None = None) -> None:
         """``slot`` None: one of this process, as large as it has to be."""
@@ -74,6 +75,7 @@ class Redo:
         self._attach(np.empty(0, np.uint8) if slot is None else slot)
         self.first_step = self.step = 0
         self._task = 0
+        self._memory: Memory | None = None  # of the latest record: for a fault in the middle of a copy alone
 
     def _attach(self, slot: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         self.slot = slot
@@ -102,6 +104,7 @@ class Redo:
 
         Pointers are those of this process; less their ``origin`` they are offsets in the segment.
         """
+        self._memory = memory
         at = FIRST_RECORD + number * RECORD_WORDS
         if isinstance(place, np.ndarray):
             pointer = address_of(place)
@@ -116,11 +119,25 @@ class Redo:
         """Carry out the step whose results lie in the slot: ``copies`` bring the ``count`` records to their places."""
         self.header[0] = count
         word = pack(self._task, self.step)
+        if faults.ARMED is not None:
+            faults.point("results")
         self.words[self.cursor] = word | COPY
+        if faults.ARMED is not None:
+            self._copy_half(count)
         for copy in copies:
             copy(step)
+        if faults.ARMED is not None:
+            faults.point("copied")
         self.words[self.cursor] = word + 2
         self.step += 1
+
+    def _copy_half(self, count: int) -> None:
+        """Have faults before and in the middle of a copy: then half of each record is over its place."""
+        faults.point("copy")
+        assert self._memory is not None
+        for number in range(count):
+            self._copy(number, self._memory, 2)
+        faults.point("half")
 
     def settle(self, memory: Memory) -> tuple[int, int] | None:
         """Finish a step that was being copied; return the task and the first of its steps that is still to do; None: not begun.
@@ -134,16 +151,22 @@ class Redo:
         if phase != COPY:
             return task, step
         for number in range(int(self.header[0])):
-            at = FIRST_RECORD + number * RECORD_WORDS
-            segment, origin, pointer, data, itemsize, n = self.header[at : at + AXES].tolist()
-            shape = tuple(self.header[at + AXES : at + AXES + n].tolist())
-            strides = tuple(self.header[at + AXES + n : at + AXES + 2 * n].tolist())
-            dtype = np.dtype((np.void, itemsize))
-            target = memory.window(Address(segment, pointer - origin), 0, shape, strides, dtype)
-            results = np.ndarray(shape, dtype, self.slot, data)
-            if isinstance(target, np.ndarray):
-                target[...] = results
-            else:
-                target.write(results)
+            self._copy(number, memory)
         self.words[self.cursor] = pack(task, step + 1)
         return task, step + 1
+
+    def _copy(self, number: int, memory: Memory, divisor: int = 1) -> None:
+        """Bring the results of a record to their place; all of them, or the first half along the first axis."""
+        at = FIRST_RECORD + number * RECORD_WORDS
+        segment, origin, pointer, data, itemsize, n = self.header[at : at + AXES].tolist()
+        shape = tuple(self.header[at + AXES : at + AXES + n].tolist())
+        strides = tuple(self.header[at + AXES + n : at + AXES + 2 * n].tolist())
+        if shape:
+            shape = (shape[0] // divisor, *shape[1:])
+        dtype = np.dtype((np.void, itemsize))
+        target = memory.window(Address(segment, pointer - origin), 0, shape, strides, dtype)
+        results = np.ndarray(shape, dtype, self.slot, data)
+        if isinstance(target, np.ndarray):
+            target[...] = results
+        else:
+            target.write(results)

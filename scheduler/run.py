@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from scheduler import executors, worker
+from scheduler import executors, faults, worker
 from scheduler.errors import MemoryBudgetError, PoolClosed, SharedMemoryError, SpillError
 from scheduler.extents import Extent, Extents
 from scheduler.limits import Budget, cpu_count, format_bytes, parse_bytes
@@ -125,6 +125,7 @@ class Pool:
         try:
             self._local.depth = depth + 1
             report: Report = module.run(self, plan, outcome or Outcome())
+            faults.point("return")
             return report
         finally:
             self._local.depth = depth
@@ -149,7 +150,8 @@ class Pool:
         """Return the handle on the worker processes, made on first need."""
         with self._mutex:
             self._require_open()
-            if self._worker_pool is None:
+            # Over while we are open: a bug of ours ended the loop. The plans of then were told; those to come need not suffer.
+            if self._worker_pool is None or self._worker_pool.is_over:
                 permit_workers()
                 self.can_spill()  # before workers start, for they inherit the file
                 self._worker_pool = WorkerPool(self.workers, self.arena.fd, self.arena.nbytes, self.memory, self.task_timeout_s)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from scheduler import faults
 from scheduler.redo import NOT_BEGUN, Redo, unpack
 from scheduler.segments import Memory
 from scheduler.state import (
@@ -144,8 +145,10 @@ class Running:
         self.addresses.update({buffer: extent.address for buffer, extent in self.temporaries.items()})
         # Locks before room: who waits for room holds its locks, who has room waits for nothing. The other way round two
         # plans could wait for each other.
+        faults.point("lock")
         self.hold: Hold | None = host.locks.acquire(plan.locks) if plan.locks else None
         try:
+            faults.point("locked")
             self.room_nbytes, self._room = host.admit(plan)
         except BaseException:
             if self.hold is not None:
@@ -163,6 +166,7 @@ class Running:
         layer = self.plan.layers[index]
         for buffer in (*layer.reads, *layer.writes):
             if buffer not in self.addresses:
+                faults.point("allocate")
                 wanted = self.plan.buffers[buffer]
                 allocate = self.host.allocate_spilled if wanted.is_spilled else self.host.allocate_temporary
                 extent = allocate(wanted.nbytes)
@@ -220,16 +224,20 @@ class Lane:
         self.command = command
         try:
             key = command.plan_id, command.layer
+            faults.point("bind")
             function = self.bound.get(key)
             if function is None:
                 context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings, self.redo)
                 function = self.bound[key] = running.plan.layers[command.layer].kernel.bind(context)
             is_bound = True
+            faults.point("bound")
             for task in range(command.start, command.stop):
                 if running.is_stopping:
                     return RangeStopped(command.worker, command.run_id, task)
                 self.redo.begin(task, command.step if task == command.start else 0)
+                faults.point("task")
                 function(task)
+                faults.point("ran")
         except BaseException as error:
             told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)
             try:

@@ -17,7 +17,7 @@ its first range on.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -622,6 +622,12 @@ class _PlanState:
         if self.error is None or (layer, task) < self.error_at:
             self.error, self.error_at = error, (layer, task)
 
+    def failed(self, error: BaseException, held: Iterable[tuple[int, int, int]] = ()) -> PlanFailed:
+        """Return how the plan failed; ``held``: ranges that may be half done beside those known to be."""
+        done = tuple((layer.index, start, stop) for layer in self.layers for start, stop in layer.finished)
+        steps = tuple((layer.index, task, step) for layer in self.layers for task, step in sorted(layer.steps.items()) if step)
+        return PlanFailed(self.plan_id, error, *self.error_at, tuple(sorted([*self.unfinished, *held])), done, steps)
+
 
 # ------------------------------------------------------------------------------------------------------- machine
 
@@ -807,6 +813,14 @@ class State:
             layer.steps.pop(task, None)
             piece.plan.unfinished.append((layer.index, task, task + 1))
 
+    def abandoned(self, plan_id: int, error: BaseException) -> PlanFailed:
+        """Return the failure of a plan whose lanes are gone for good: what was in their hands may be half done."""
+        plan = self.plans.get(plan_id)
+        if plan is None:
+            return PlanFailed(plan_id, error)
+        held = [piece for queue in self.lanes.values() for piece in queue if piece.plan is plan]
+        return plan.failed(error, [(piece.layer.index, piece.start, piece.stop) for piece in held])
+
     def _stop(self, plan: _PlanState, commands: list[Command]) -> None:
         if not plan.is_stopping:
             plan.is_stopping = True
@@ -821,9 +835,7 @@ class State:
         if plan.is_stopping:
             assert plan.error is not None
             del self.plans[plan.plan_id]
-            done = tuple((layer.index, start, stop) for layer in plan.layers for start, stop in layer.finished)
-            steps = tuple((layer.index, task, step) for layer in plan.layers for task, step in sorted(layer.steps.items()) if step)
-            commands.append(PlanFailed(plan.plan_id, plan.error, *plan.error_at, tuple(sorted(plan.unfinished)), done, steps))
+            commands.append(plan.failed(plan.error))
         elif not plan.unfinished_layers:
             del self.plans[plan.plan_id]
             self.turn.remove(plan.plan_id)

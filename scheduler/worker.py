@@ -45,6 +45,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from scheduler import faults
 from scheduler.errors import TaskError
 from scheduler.redo import NOT_BEGUN, SLOT_NBYTES, Redo, pack
 from scheduler.segments import Memory
@@ -303,13 +304,17 @@ class _Process:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             try:
+                faults.point("bind")
                 function, warned = self.bind(plan_id, layer, setup)
+                faults.point("bound")
                 words[cursor + 2] = is_binding = 0
                 for task in range(start, stop):
                     if words[cancel] == plan_id or _forked:
                         break
                     redo.begin(task, step if task == start else 0)
+                    faults.point("task")
                     function(task)
+                    faults.point("ran")
                 else:
                     # All done: should this process die before the driver hears of it, nothing has to run again.
                     task = stop
@@ -326,12 +331,14 @@ class _Process:
         _flush()
         if not self.has_link():
             self.leave()
+        faults.point("reply")
         if failed is not None:
             self.send(("failed", run_id, failed[0], settled(redo, self.memory), not is_binding, *_luggage(failed[1]), told))
         elif task < stop:
             self.send(("stopped", run_id, task, told))
         else:
             self.send(("done", run_id, elapsed, told))
+        faults.point("replied")
 
     def bind(self, plan_id: int, layer: int, setup: Any) -> tuple[Callable[[int], None], dict[Warned, None]]:
         """Return the function of a layer; made at the layer's first range here, for which ``setup`` came along."""
@@ -452,12 +459,14 @@ def main(arguments: Sequence[str]) -> None:
     """Be a worker: ``arguments`` are descriptors (socket, life, arena, control, stderr, spill or -1), the driver's pid, and the slot."""
     global IN_WORKER
     IN_WORKER = True
+    faults.arm(faults.ARMED, who="worker")
     link_fd, _life, arena_fd, control_fd, stderr, spill_fd, driver, slot = map(int, arguments)
     if os.getppid() != driver:  # it died before it could `tie` us to its end
         os._exit(1)
     os.register_at_fork(after_in_child=lambda: _forked.append(True))
     signal.signal(signal.SIGINT, _ignore)
     _volunteer()
+    faults.point("start")
     control = mmap.mmap(control_fd, os.fstat(control_fd).st_size)
     os.close(control_fd)
     link = socket.socket(fileno=link_fd)
@@ -482,6 +491,7 @@ def main(arguments: Sequence[str]) -> None:
         os.set_inheritable(spill_fd, False)  # programs that tasks start have no business with it
         spill = SpillFile(spill_fd, spill_directory)
     process.memory = Memory(np.frombuffer(arena, np.uint8), driver=driver, spill=spill)
+    faults.point("hello")
     process.send(("hello", os.getpid(), np.__version__))
     # Up to here stderr was a memory file in which the driver finds why a start failed; from here it is the user's.
     sys.stderr.flush()

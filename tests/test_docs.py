@@ -29,3 +29,17 @@ def test_every_file_the_architecture_names_exists() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     for name in re.findall(r"`((?:shmarray|scheduler|tests)/[\w/]+\.py)`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_every_test_that_reliability_names_exists() -> None:
+    file = Path()
+    named = re.findall(r"`((?:faults|scheduler|shmarray)/test_\w+\.py)?(?:::(\w+))?`", (ROOT / "docs" / "reliability.md").read_text())
+    found = 0
+    for path, test in named:
+        if not path and not test:
+            continue
+        file = ROOT / "tests" / path if path else file
+        assert file.exists(), file
+        assert not test or f"def {test}(" in file.read_text(), f"{file.name} has no {test}"
+        found += 1
+    assert found >= 25

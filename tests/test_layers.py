@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; files of one line know nothing of each other.
 SCHEDULER = """
-__init__ executors.__init__ errors limits
+__init__ executors.__init__ errors faults limits
 task spill
 state segments extents results locks watch
 redo

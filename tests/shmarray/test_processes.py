@@ -184,31 +184,6 @@ def test_workers_killed_during_updates_in_place_leave_right_values_or_torn_chunk
     assert torn < 12
 
 
-def test_when_the_driver_is_killed_nothing_is_left(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import time
-            import shmarray as sa
-            from shmarray.compute import current_pool
-            x = sa.ones(20_000_000).persist(scheduler="processes")
-            print(*current_pool().statistics().pids, flush=True)
-            x.map_blocks(lambda b: time.sleep(60), dtype=float).compute()
-            """
-        )
-    )
-    before = set(os.listdir("/dev/shm"))
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    pids = [int(p) for p in process.stdout.readline().split()]
-    assert len(pids) >= 1
-    process.kill()
-    process.wait()
-    assert gone(pids)
-    assert set(os.listdir("/dev/shm")) <= before
-
-
 def test_repeated_computes_leak_nothing() -> None:
     with sa.Pool(workers=2) as pool:
         x = sa.array(np.ones(300_000))

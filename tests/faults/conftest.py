@@ -1,0 +1,278 @@
+"""What tests of faults share: whole scripts in processes of their own, and the proof that nothing is left behind.
+
+Promises: `script` runs a program under a hard limit, and fails when a process, a file or an entry in /dev/shm outlives it; around
+every test of this folder this process itself is compared with what it held before.
+Never put here: tests, or knowledge of single faults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import scheduler
+from scheduler import faults
+from scheduler import pool as scheduler_pool
+
+ROOT = str(Path(scheduler.__file__).parent.parent)
+LIMIT_S = 90  # of a script: far beyond what any needs
+SETTLE_S = 10  # for the kernel, and threads that are ending, to take back what was let go
+FOREIGN = ("sem.mp-", "psm_", "pym-", "torch_", "lttng", "PostgreSQL")  # prefixes in /dev/shm that are never ours
+MARK = "SHMARRAY_TEST_MARK"
+SOAK_MINUTES = float(os.environ.get("SHMARRAY_SOAK_MINUTES", "0"))
+
+# What stands in front of every script: stacks when it hangs, Ctrl-C also where a shell ignores it, and `check_nothing_left`.
+PROLOGUE = """
+import atexit, faulthandler, gc, os, select, signal, sys, threading, time
+faulthandler.dump_traceback_later({limit_s} - 5, exit=True)
+sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from collections import Counter
+import numpy as np
+import psutil
+import shmarray as sa
+from scheduler import faults
+
+def held():
+    "What this process holds: descriptors by what they lead to, children, threads."
+    gc.collect()
+    files = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            files[os.readlink("/proc/self/fd/" + number).split(":[")[0]] += 1
+        except OSError:
+            pass  # of the listing itself
+    children = Counter("child" for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE)
+    return files + children + Counter(thread.name for thread in threading.enumerate())
+
+def wait_until(condition, what, deadline_s=20):
+    until = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > until:
+            raise AssertionError(what + " did not happen")
+        select.select([], [], [], 0.005)
+
+with sa.Pool(workers=0):
+    float(sa.ones(3).persist().sum())  # what a process makes once and keeps: the file of its locks
+_before = held()
+# Registered last, so called first: the pools close after it.
+atexit.register(lambda path=os.path.abspath("ending"): os.close(os.open(path, os.O_CREAT, 0o600)))
+
+def check_nothing_left():
+    "Call it when every pool is closed and no variable holds one: a closed pool stays mapped for the arrays in it."
+    wait_until(lambda: not held() - _before, "the end of all that was begun: " + str(held() - _before), {settle_s})
+    with open("/proc/self/maps") as file:
+        maps = file.read()
+    assert "/dev/shm/" not in maps, maps
+
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a script ended."""
+
+    stdout: str
+    stderr: str
+    returncode: int
+    exit_s: float  # from the beginning of the interpreter's end to the end of the process; nan when it was killed
+
+    @property
+    def lines(self) -> list[str]:
+        return self.stdout.split("\n")[:-1]
+
+
+class Script:
+    """A script that runs in a process of its own, in its own session, with files for its output: a worker that outlives it
+    must be found, not waited for."""
+
+    def __init__(self, directory: Path, body: str, *flags: str, limit_s: float = LIMIT_S, **environment: str) -> None:
+        self.limit_s = limit_s
+        self.directory = directory / f"run-{uuid.uuid4().hex[:8]}"
+        self.temporary = self.directory / "tmp"
+        self.temporary.mkdir(parents=True)
+        path = self.directory / "script.py"
+        path.write_text(PROLOGUE.format(root=ROOT, limit_s=limit_s, settle_s=SETTLE_S) + textwrap.dedent(body))
+        self.mark = uuid.uuid4().hex
+        self.shm = _shm()
+        with open(self.directory / "out", "w") as out, open(self.directory / "err", "w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, *flags, str(path)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=self.directory,
+                env={**os.environ, "TMPDIR": str(self.temporary), MARK: self.mark, **environment},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def output(self) -> str:
+        return (self.directory / "out").read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the script has printed ``text``."""
+
+        def is_there() -> bool:
+            assert self.process.poll() is None or text in self.output(), (self.process.returncode, self.errors())
+            return text in self.output()
+
+        wait_until(is_there, f"the printing of {text!r}", self.limit_s)
+
+    def errors(self) -> str:
+        return (self.directory / "err").read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return every process that was started with the script's environment, itself included, zombies not."""
+        found = []
+        wanted = f"{MARK}={self.mark}".encode()
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if wanted in Path(f"/proc/{pid}/environ").read_bytes():
+                    found.append(psutil.Process(pid))
+        return found
+
+    def end(self, *, continue_stopped: bool = False) -> Outcome:
+        """Wait for the end; fail when it hangs, or when anything is left. ``continue_stopped``: SIGCONT for what stops itself."""
+        try:
+            until = time.monotonic() + self.limit_s
+            while self.process.poll() is None:
+                assert time.monotonic() < until, f"the script hangs\n{self.output()[-2000:]}\n{self.errors()}"
+                if continue_stopped:
+                    for each in self.processes():
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            if each.status() == psutil.STATUS_STOPPED:
+                                each.send_signal(signal.SIGCONT)
+                _pause(0.02)
+            ended = time.time()
+            self.check_nothing_left()
+        finally:
+            for each in self.processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            self.process.kill()
+            self.process.wait()
+        told = self.directory / "ending"
+        exit_s = ended - told.stat().st_mtime if told.exists() else math.nan
+        return Outcome(self.output(), self.errors(), self.process.returncode, exit_s)
+
+    def check_nothing_left(self) -> None:
+        """Wait until no process of the script is left; then neither a file nor an entry in /dev/shm may be."""
+        wait_until(lambda: not self.processes(), f"the end of {self.processes()}", SETTLE_S)
+        left = [str(p) for p in self.temporary.rglob("*")]
+        assert not left, f"temporary files were left: {left}"
+        assert not _shm() - self.shm, f"left in /dev/shm: {_shm() - self.shm}"
+
+
+def _shm() -> set[str]:
+    with contextlib.suppress(OSError):
+        return {name for name in os.listdir("/dev/shm") if not name.startswith(FOREIGN)}
+    return set()
+
+
+def _pause(seconds: float) -> None:
+    select.select([], [], [], seconds)
+
+
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 20) -> float:
+    """Wait for a state; return how long it took, in seconds."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < deadline_s, f"{what} did not happen within {deadline_s} s"
+        _pause(0.002)
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Script]:
+    """``start(body, *flags, limit_s=, **environment)`` starts a script and returns it running."""
+    return lambda body, *flags, **more: Script(tmp_path, body, *flags, **more)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., Outcome]:
+    """``script(body, *flags, ...)`` runs a script to its end; it must exit with 0 and in silence on stderr."""
+
+    def run(body: str, *flags: str, returncode: int = 0, continue_stopped: bool = False, **more: Any) -> Outcome:
+        outcome = Script(tmp_path, body, *flags, **more).end(continue_stopped=continue_stopped)
+        assert (outcome.returncode, outcome.stderr) == (returncode, ""), outcome.stdout[-2000:]
+        return outcome
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- this process itself
+
+
+def _owned() -> tuple[set[int], set[int], set[str]]:
+    """Return descriptors, children and thread names of pools that are open: they are warm for the next test, not leaked."""
+    fds: set[int] = set()
+    children: set[int] = set()
+    names: set[str] = set()
+    for loop in list(scheduler_pool._loops):
+        if loop._is_closing:
+            continue
+        names |= {"shmarray-loop", "shmarray-driver"}
+        fds |= {loop.arena_fd, loop.control_fd, loop._wake_fd, loop.epoll.fileno()}
+        for member in list(loop.members.values()):
+            children.add(member.process.pid)
+            fds |= {member.link.fileno(), member.life.fileno(), member.pidfd, member.capture}
+    return fds, children, names
+
+
+def held() -> Counter[str]:
+    """Return what this process holds beside its open pools."""
+    gc.collect()
+    fds, children, names = _owned()
+    found: Counter[str] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{number}").partition(":[")[0]
+            if int(number) not in fds and "shmarray-locks" not in target:  # made once, kept as long as the process
+                found[f"descriptor of {target}"] += 1
+    # The mapping of an open pool's control file has a descriptor of its own, whose number nobody knows.
+    found["descriptor of /memfd:shmarray-control (deleted)"] -= sum(not loop._is_closing for loop in list(scheduler_pool._loops))
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.pid not in children and child.status() != psutil.STATUS_ZOMBIE:
+                found[f"process {child.pid} {child.name()}"] += 1
+    for thread in threading.enumerate():
+        if thread.name not in names:
+            found[f"thread {thread.name.partition('-')[0]}"] += 1
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Compare this process with itself before; no fault may stay armed."""
+    before, shm = held(), _shm()
+    yield
+    faults.arm(None, who="driver")
+    try:
+        wait_until(lambda: not held() - before, "the end of what the test began", SETTLE_S)
+    except AssertionError as error:
+        raise AssertionError(f"left behind: {dict(held() - before)}") from error
+    assert not _shm() - shm, f"left in /dev/shm: {_shm() - shm}"
+    for loop in list(scheduler_pool._loops):
+        assert loop._is_closing or not loop.tickets, f"plans that still run: {list(loop.tickets)}"
