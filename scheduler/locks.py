@@ -108,6 +108,13 @@ class Hold:
             self._ticket = None
             self._locks._settle()
 
+    def give_away(self) -> None:
+        """Have the cells held by nobody's thread until `release`: the caller's thread, too, waits for them from now on."""
+        ticket = self._ticket
+        if ticket is not None:
+            ticket.owner = _Owner()
+            ticket.owner.name = "of a plan that was abandoned and still runs"
+
     def __enter__(self) -> Hold:
         return self
 

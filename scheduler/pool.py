@@ -783,7 +783,7 @@ class _Loop:
 
 def _finish(ticket: Ticket) -> None:
     try:
-        ticket.running.close(ticket.failure)
+        ticket.running.close(ticket.failure, is_done=ticket.failure is None)
     finally:
         ticket.done.set()
 
@@ -903,8 +903,12 @@ class WorkerPool:
         except BaseException as error:  # Ctrl-C, most likely
             reason = error if isinstance(error, Exception) else type(error)()
             # A loop that is closed knows already, and ends the plan when nobody works at it any more.
-            if loop.post(lambda: loop.abandon(ticket, reason)):
-                ticket.done.wait(GIVE_UP_AFTER_S)
+            try:
+                if loop.post(lambda: loop.abandon(ticket, reason)):
+                    ticket.done.wait(GIVE_UP_AFTER_S)
+            finally:  # a second one, perhaps
+                if not ticket.done.is_set:
+                    running.abandon()
             raise
         if ticket.failure is not None:
             _stay_out_of_the_exit()

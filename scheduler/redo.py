@@ -95,7 +95,11 @@ class Redo:
             starts.append(at)
             at += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         if at > self.slot.nbytes:
-            assert at <= SLOT_NBYTES, f"a step of {shapes} does not fit the redo slot"
+            if at > SLOT_NBYTES:
+                raise ValueError(
+                    f"updating items of {[dtype.itemsize for dtype in dtypes]} bytes in place: the results of one step take {at} bytes, of "
+                    f"which {SLOT_NBYTES} are there at most. Compute a new array instead (x = x + y)."
+                )
             self._attach(np.empty(at, np.uint8))
         return [np.ndarray(shape, dtype, self.slot, start) for shape, dtype, start in zip(shapes, dtypes, starts, strict=True)]
 

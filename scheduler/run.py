@@ -269,6 +269,12 @@ class Pool:
             self._temporaries.discard(extent.identity)
         return extent
 
+    def take_temporary(self, extent: Extent) -> None:
+        """Have one that was kept count as a temporary again."""
+        if extent.extents is self.extents:
+            with self._mutex:
+                self._temporaries.add(extent.identity)
+
     def admit(self, plan: Plan) -> tuple[int | None, Room | None]:
         """Return (the room for the plan's temporaries, what is reserved for it); wait while other plans leave too little.
 

@@ -126,6 +126,8 @@ class Host(Protocol):
 
     def keep_temporary(self, extent: Extent) -> Extent: ...
 
+    def take_temporary(self, extent: Extent) -> None: ...
+
 
 class Running:
     """All that a plan holds while it runs: its locks, its room, its temporaries, the warnings of its tasks.
@@ -143,6 +145,8 @@ class Running:
         self.addresses: dict[int, Address] = {i: b.address for i, b in enumerate(plan.buffers) if b.address is not None}
         self.temporaries: dict[int, Extent] = dict(plan.progress.temporaries) if plan.progress else {}
         self.addresses.update({buffer: extent.address for buffer, extent in self.temporaries.items()})
+        for extent in self.temporaries.values():
+            host.take_temporary(extent)
         # Locks before room: who waits for room holds its locks, who has room waits for nothing. The other way round two
         # plans could wait for each other.
         faults.point("lock")
@@ -151,6 +155,8 @@ class Running:
             faults.point("locked")
             self.room_nbytes, self._room = host.admit(plan)
         except BaseException:
+            for extent in self.temporaries.values():
+                host.keep_temporary(extent)
             if self.hold is not None:
                 self.hold.release()
             raise
@@ -181,13 +187,21 @@ class Running:
         layer = self.plan.layers[index]
         return {b: self.addresses[b] for b in (*layer.reads, *layer.writes)}
 
-    def close(self, failure: PlanFailed | None = None) -> None:
-        """Let everything go. Only when no lane can run a task of this plan any more; ``failure``: how it ended, if not well."""
+    def abandon(self) -> None:
+        """Let the caller go while tasks of the plan still run: what it locked stays locked, for the caller's thread as well."""
+        if self.hold is not None:
+            self.hold.give_away()
+
+    def close(self, failure: PlanFailed | None = None, *, is_done: bool = False) -> None:
+        """Let everything go. Only when no lane can run a task of this plan any more.
+
+        ``is_done``: all of it was done; ``failure``: how it ended if not. Neither: that is not known.
+        """
         outcome = self.outcome
         if outcome.began and not outcome.finished and outcome.progress is None:
-            if failure is None:
+            if is_done:
                 outcome.finished = True
-            else:
+            elif failure is not None:
                 # What was computed stays with whoever holds the outcome, so that the plan can go on.
                 kept = {b: self.host.keep_temporary(extent) for b, extent in self.temporaries.items()}
                 outcome.progress = Progress(failure.finished, failure.steps, failure.unfinished, kept)

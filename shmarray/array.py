@@ -352,6 +352,7 @@ class Array(Handle):
         assert storage is not None and layout is not None
         requests: list[LockRequest] = storage.requests(layout, mode)
         with process_locks().acquire(requests, timeout=timeout):
+            torn = [cell for cell in storage.cells_of(layout) if cell in storage.torn]
             if not accept_torn:
                 storage.check_whole(layout)
             if mode == "w":
@@ -364,8 +365,8 @@ class Array(Handle):
                 finally:
                     if mode == "w":
                         storage.put_back(layout, view, held)
-                if mode == "w":
-                    storage.mend(layout)
+                for cell in torn if mode == "w" else ():
+                    storage.torn.pop(cell, None)
             finally:
                 if mode == "w":
                     storage.end_write(layout, user_line())

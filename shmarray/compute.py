@@ -13,7 +13,8 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -204,7 +205,8 @@ class _Run:
         self.outcome = Outcome()
         self.addresses: list[Address] = []  # of what is written, as the plan has them
         self.versions: dict[Storage, int] = {}  # after the run was cut short
-        self.torn: dict[int, str] = {}  # the cells that it tore
+        self.torn: dict[Storage, Mapping[int, str]] = {}  # the cells that it tore
+        self.error: weakref.ref[PartialUpdateError] | None = None
 
     def run(self) -> Report:
         """Run the plan, or what is left of it; raise PartialUpdateError when a stored array is left between old and new."""
@@ -222,44 +224,65 @@ class _Run:
                 told = self.line
                 for storage, layout in begun:
                     storage.mend(layout)
-                    for cell in self.torn:
-                        storage.torn.pop(cell, None)
+                    self._mark(storage, {})
                 is_clear = True
             except BaseException as error:
                 failed = error
                 damages = self._damages()
                 if not builtins.all(damage.is_none for damage in damages):
                     told = self.line
-                for (storage, _), damage in zip(begun, damages, strict=False):
-                    storage.tear(damage.torn)
+                for (storage, layout), damage in zip(begun, damages, strict=False):
+                    self._mark(storage, damage.torn)
+                    if damage.is_whole:
+                        storage.mend(layout)
                 is_clear = True
             finally:
                 for storage, layout in begun:
                     if not is_clear:  # a second Ctrl-C, while the first was dealt with
                         told = self.line
-                        storage.tear(dict.fromkeys(storage.cells_of(layout), "An update was interrupted twice."))
+                        self._mark(storage, dict.fromkeys(storage.cells_of(layout), "An update was interrupted twice."))
                     storage.end_write(layout, told)
             if failed is None:
                 return report
-            if self.is_update and damages and not damages[0].is_none and not damages[0].is_whole:
+            is_partial = self.is_update and damages and not damages[0].is_none and not damages[0].is_whole
+            if is_partial and isinstance(failed, (Exception, KeyboardInterrupt)):  # SystemExit goes its way as it is
                 raise self._partial(failed, damages[0]) from failed
             raise failed
         finally:
             del failed  # no circle with its traceback
 
+    def _mark(self, storage: Storage, torn: Mapping[int, str]) -> None:
+        """Have the cells ``torn`` marked, and no others by this run; the marks of other updates stay."""
+        before = self.torn.get(storage, {})
+        for cell in before:
+            if cell not in torn:
+                storage.torn.pop(cell, None)
+        mine = {cell: why for cell, why in torn.items() if cell in before or cell not in storage.torn}
+        storage.tear(mine)
+        self.torn[storage] = mine
+
     def resume(self) -> None:
-        """Do what is left."""
+        """Do what is left; if it still runs, after it has ended."""
         storage, layout = self.written[0]
         requests = [*storage.requests(layout, "w"), *(r for s, where in self.inputs for r in s.requests(where, "r"))]
-        with self.pool.locks.acquire(requests):
-            for other, version in self.versions.items():
-                if other.version != version:
-                    raise ChangedInput(
-                        f"resuming the update of the stored array of shape {storage.shape} at {self.line or 'an unknown line'}: the stored "
-                        f"array of shape {other.shape} was written at {other.writes[-1][1] or 'an unknown line'} after the update was cut "
-                        f"short. Write the chunks anew that are torn: what was to be done can no longer be told from what was done since."
-                    )
-            _warn(self.run())
+        begun = False
+        try:
+            with self.pool.locks.acquire(requests):
+                for other, version in self.versions.items():
+                    if other.version != version:
+                        at = self.line or "an unknown line"
+                        raise ChangedInput(
+                            f"resuming the update of the stored array of shape {storage.shape} at {at}: the stored array of shape "
+                            f"{other.shape} was written at {other.writes[-1][1] or 'an unknown line'} after the update was cut short. "
+                            f"Write the torn chunks anew: what was to be done can no longer be told from what was done since."
+                        )
+                begun = True
+                _warn(self.run())
+        except BaseException:
+            error = self.error() if self.error is not None else None
+            if not begun and error is not None:
+                error._finish = self.resume  # it can be tried again
+            raise
 
     def _first_run(self) -> Report:
         pool = self.pool
@@ -308,11 +331,15 @@ class _Run:
 
     def _rest(self) -> Report:
         """Run the plan on from where it was cut short; the target may have moved since, to leave an array lent out as it was."""
-        plan, progress = self.plan, self.outcome.progress
+        plan, outcome = self.plan, self.outcome
         assert plan is not None
-        moved = {old: storage.address(self.pool)[0] for old, (storage, _) in zip(self.addresses, self.written, strict=True)}
+        if outcome.finished:
+            return Report()
+        places = [storage.address(self.pool) for storage, _ in self.written]
+        moved = {old: new for old, (new, _) in zip(self.addresses, places, strict=True)}
         buffers = tuple(replace(b, address=moved.get(b.address, b.address)) if b.address else b for b in plan.buffers)
-        self._use(replace(plan, buffers=buffers, progress=progress))
+        keep = (*plan.keep, *(held for _, held in places))
+        self._use(replace(plan, buffers=buffers, keep=keep, progress=outcome.progress or plan.progress))
         return self._run_plan()
 
     def _use(self, plan: Plan) -> None:
@@ -339,19 +366,29 @@ class _Run:
         if damage.torn:
             first = ", ".join(str(storage.cell_index(cell)) for cell in sorted(damage.torn)[:3])
             counts += f", {len(damage.torn)} some of each ({first}{', ...' if len(damage.torn) > 3 else ''})"
-        said = str(error).rstrip(".")
-        what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        try:
+            said = f": {error}".rstrip(". :")
+        except Exception:
+            said = ""  # a class whose __str__ fails
+        what = type(error).__name__ + said
         at = f" at {self.line}" if self.line else ""
-        advice = "resume() of this error does the rest" if damage.is_known else "it may still be running, in the background"
+        assert self.plan is not None
+        progress = self.outcome.progress or self.plan.progress
+        can_resume = not damage.is_known or (progress is not None and not self._is_lost(progress))
+        if not damage.is_known:
+            advice = "it may still be running, in the background: resume() of this error waits for its end, and does the rest"
+        elif can_resume:
+            advice = "resume() of this error does the rest"
+        else:
+            advice = "a step of it may be half done, so that the rest cannot be done: write the torn chunks anew"
         begun = f"the update of the stored array of shape {storage.shape}{at} was cut short by {what}"
         found = cut_short(error, f"{begun}. {counts}, the others their old ones; {advice}.")
         found.updated, found.untouched, found.torn = (
             [storage.cell_index(cell) for cell in sorted(cells)] for cells in (damage.new, damage.old, damage.torn)
         )
-        progress = self.outcome.progress
-        if damage.is_known and progress is not None and not self._is_lost(progress):
+        if can_resume:
             self.versions = {s: s.version for s in (storage, *(s for s, _ in self.inputs))}
-            self.torn = damage.torn
+            self.error = weakref.ref(found)
             found._finish = self.resume
         return found
 

@@ -5,6 +5,8 @@ Where NumPy has a type for a mistake (``ValueError``, ``IndexError``, ``TypeErro
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,8 +62,9 @@ class PartialUpdateError(BaseException):
     def resume(self) -> None:
         """Do the rest of the update: what is done already is not done again, and the array ends as if nothing had happened.
 
-        Raises ChangedInput when the array, or one that is read, was written meanwhile; RuntimeError when it was resumed before, or cannot
-        be; and the same error as before, with what is done by then, when its cause is still there.
+        Raises ChangedInput when the array, or a stored one that is read, was written meanwhile; the end of a block ``with x.lock(...)``
+        counts as a write, so that an update inside is resumed inside. RuntimeError when it was resumed before, or cannot be; the same
+        error as before, with what is done by then, when its cause is still there.
         """
         finish, self._finish = self._finish, None
         if finish is None:
@@ -69,29 +72,62 @@ class PartialUpdateError(BaseException):
         finish()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PartialUpdateError, self.args  # what it would take to resume stays in this process
+        # What it would take to resume stays in this process.
+        return _rebuild, (_kind_of(self), str(self), [*self.updated], [*self.untouched], [*self.torn])
 
 
 def cut_short(error: BaseException, message: str) -> PartialUpdateError:
     """Return a `PartialUpdateError` of the kind of ``error``."""
-    for kind in (type(error), Exception):
+    kind = _kind_of(error)
+    for base in (kind, KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else Exception):
         try:
-            both = _both(kind)
-            make = OSError.__new__ if issubclass(kind, OSError) else both.__new__  # a class of two builtin ones knows the first only
+            both = _both(base)
+            make = OSError.__new__ if issubclass(base, OSError) else both.__new__  # a class of two builtin ones knows the first only
             found: PartialUpdateError = make(both, message)
+            if base is kind:
+                found.__dict__.update({name: value for name, value in error.__dict__.items() if not hasattr(PartialUpdateError, name)})
+                _copy_fields(error, found)
             found.args = (message,)
-            if kind is type(error):
-                found.__dict__.update(error.__dict__)
-                if isinstance(error, OSError):
-                    found.errno, found.strerror = error.errno, error.strerror  # type: ignore[attr-defined]  # it is one, too
         except Exception:
             continue  # a class that cannot be derived from, or made without more
         return found
     raise AssertionError(error)
 
 
-def _both(kind: Any) -> type[PartialUpdateError]:
-    return type("PartialUpdateError", (PartialUpdateError, kind), {"__module__": PartialUpdateError.__module__})
+def _copy_fields(error: BaseException, found: BaseException) -> None:
+    """Copy what is not in ``__dict__``: an OSError's errno, slots."""
+    for base in type(error).__mro__:
+        if base in (BaseException, object):
+            continue
+        for name, field in vars(base).items():
+            if inspect.ismemberdescriptor(field) or (inspect.isgetsetdescriptor(field) and not name.startswith("__")):
+                with contextlib.suppress(Exception):
+                    setattr(found, name, getattr(error, name))
+
+
+def _kind_of(error: BaseException) -> type[BaseException]:
+    """Return the class of an error, of a `PartialUpdateError` that of its cause."""
+    kind = type(error)
+    return kind.__bases__[1] if issubclass(kind, PartialUpdateError) and len(kind.__bases__) == 2 else kind
+
+
+_classes: dict[Any, type[PartialUpdateError]] = {}  # by kind: what is pickled must be found again
+
+
+def _both(kind: type[BaseException]) -> type[PartialUpdateError]:
+    found = _classes.get(kind)
+    if found is None:
+        found = type("PartialUpdateError", (PartialUpdateError, kind), {"__module__": PartialUpdateError.__module__})
+        _classes[kind] = found
+    return found
+
+
+def _rebuild(kind: type[BaseException], message: str, updated: Any, untouched: Any, torn: Any) -> PartialUpdateError:
+    both = _both(kind if kind is not PartialUpdateError else Exception)
+    found: PartialUpdateError = (OSError.__new__ if issubclass(kind, OSError) else both.__new__)(both, message)
+    found.args = (message,)
+    found.updated, found.untouched, found.torn = updated, untouched, torn
+    return found
 
 
 class ChunkError(ValueError):

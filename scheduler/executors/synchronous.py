@@ -65,5 +65,5 @@ def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
             failure = lane.account(running, error)
         raise
     finally:
-        running.close(failure)
+        running.close(failure, is_done=is_done)
         del failure  # no circle with the traceback

@@ -65,7 +65,11 @@ def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
             crew.dismiss()
             running.close(PlanFailed(running.plan_id, error))
         else:
-            crew.done.wait(GIVE_UP_AFTER_S)
+            try:
+                crew.done.wait(GIVE_UP_AFTER_S)
+            finally:
+                if not crew.done.is_set:
+                    running.abandon()
         raise
     for thread in threads:
         thread.join()
@@ -159,7 +163,7 @@ class _Crew:
 
     def end(self, failure: PlanFailed | None) -> None:
         self.failure = failure
-        self.running.close(failure)
+        self.running.close(failure, is_done=failure is None)
         self.dismiss()
         self.done.set()
 

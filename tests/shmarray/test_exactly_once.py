@@ -5,16 +5,20 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import pickle
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 import shmarray as sa
+from scheduler.redo import Redo
+from scheduler.running import Lane
+from shmarray.errors import cut_short
 
 UPDATES: dict[str, Callable[[sa.Array, sa.Array], None]] = {
     "all": lambda x, y: np.add(x, y, out=x),
@@ -202,3 +206,152 @@ def test_an_update_cut_short_by_ctrl_c_is_resumed_exactly(executor: str, n: int,
             if not np.array_equal(now, expected):
                 np.testing.assert_array_equal(now, goal)
                 expected = goal
+
+
+class Broken(Exception):
+    """What takes two arguments to make, and has a slot."""
+
+    __slots__ = ("code",)
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def fail_at_step(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """Have the ``number``-th step of updates in this process raise before anything of it is copied."""
+    commit, seen = Redo.commit, [0]
+
+    def broken(self: Redo, *args: object) -> None:
+        seen[0] += 1
+        if seen[0] == number:
+            raise error
+        commit(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Redo, "commit", broken)
+
+
+@pytest.fixture
+def torn(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[sa.Array, sa.PartialUpdateError]]:
+    """An array of zeros to which an update has added 1 in part, and what that raised."""
+    with sa.Pool(workers=0), sa.config.set(engine="numpy"):
+        x = sa.zeros((1000, 1000), chunks=(100, 1000)).persist()
+        with monkeypatch.context() as patch:
+            fail_at_step(patch, 3, Broken(7, "no"))
+            with pytest.raises(sa.PartialUpdateError) as caught:
+                x += 1
+        yield x, caught.value
+
+
+def test_an_error_of_any_class_stays_of_that_class(torn: tuple[sa.Array, sa.PartialUpdateError]) -> None:
+    x, error = torn
+    assert isinstance(error, Broken) and error.code == 7
+    error.resume()
+    assert (np.asarray(x) == 1).all()
+    for kind in (FloatingPointError("f"), OSError(28, "full"), KeyboardInterrupt()):
+        made = cut_short(kind, "text")
+        again = pickle.loads(pickle.dumps(cut_short(made, "text")))
+        assert isinstance(again, type(kind)) and isinstance(again, sa.PartialUpdateError) and str(again) == "text"
+        assert isinstance(again, Exception) == isinstance(kind, Exception)
+    assert cut_short(OSError(28, "full"), "text").errno == 28  # type: ignore[attr-defined]
+
+
+def test_a_resume_that_cannot_begin_can_be_tried_again(torn: tuple[sa.Array, sa.PartialUpdateError]) -> None:
+    x, error = torn
+    with x.lock((9, 0), "r"), pytest.raises(sa.LockError):
+        error.resume()  # this thread reads a chunk that it would write
+    error.resume()
+    assert (np.asarray(x) == 1).all()
+
+
+def test_marks_of_one_update_outlive_the_lock_and_the_resume_of_others(
+    torn: tuple[sa.Array, sa.PartialUpdateError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, error = torn
+    first, _ = error.torn[-1]
+    with x.lock((9, 0)) as chunk:  # of another chunk
+        chunk[...] = 5
+    with pytest.raises(sa.TornChunkError):
+        np.asarray(x)
+    # A blind write of half of the torn chunk and more, cut short and resumed, does not make the other half whole.
+    part = x[100 * first + 50 :]
+    other = sa.ones((part.shape[0], 1000)).persist()
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "run", interrupted_at_second_range(Lane.run))
+        with pytest.raises((sa.PartialUpdateError, KeyboardInterrupt)) as caught:
+            part[...] = other * 3
+    if isinstance(caught.value, sa.PartialUpdateError):
+        caught.value.resume()
+    with pytest.raises(sa.TornChunkError):
+        np.asarray(x)
+    x[...] = 2
+    assert (np.asarray(x) == 2).all()
+
+
+def interrupted_at_second_range(run: Callable[..., object]) -> Callable[..., object]:
+    seen: list[int] = []
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    return interrupted
+
+
+def test_parts_of_an_update_that_are_layers_of_their_own_are_told_apart() -> None:
+    with sa.Pool(workers=0):
+        a, b, c = sa.ones((400, 1000)).persist(), sa.ones((400, 1000)).persist(), sa.ones((400, 1000)).persist()
+        c[399, 0] = 0.0
+        x = sa.zeros((800, 1000), chunks=(100, 1000)).persist()
+        with np.errstate(divide="raise"), pytest.raises(sa.PartialUpdateError) as caught:
+            x[...] = sa.concatenate([a + 1, b / c])
+        error = caught.value
+        groups = [set(error.updated), set(error.untouched), set(error.torn)]
+        assert sum(map(len, groups)) == len(set.union(*groups)) == 8
+        for k, _ in error.updated:
+            assert (np.asarray(x[100 * k : 100 * k + 100]) == (2 if k < 4 else 1)).all()
+        for k, _ in error.untouched:
+            assert (np.asarray(x[100 * k : 100 * k + 100]) == 0).all()
+
+
+def test_an_update_that_was_left_running_is_waited_for_by_the_next_write_and_by_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    commit = Redo.commit
+
+    def slow(self: Redo, *args: object) -> None:
+        go_on.wait()
+        commit(self, *args)  # type: ignore[arg-type]
+
+    for what in ("write", "resume"):
+        with sa.Pool(workers=2), sa.config.set(scheduler="threads", engine="numpy"):
+            x = sa.zeros((1000, 1000), chunks=(100, 1000)).persist()
+            go_on.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(Redo, "commit", slow)
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+                with pytest.raises(sa.PartialUpdateError, match="background") as caught:
+                    x += 1
+                threading.Timer(0.2, go_on.set).start()
+                if what == "write":
+                    x[...] = 7
+                else:
+                    caught.value.resume()
+            assert (np.asarray(x) == (7 if what == "write" else 1)).all()
+
+
+def test_a_second_ctrl_c_while_the_first_is_accounted_for_leaves_no_half_done_chunk_unmarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with sa.Pool(workers=0), sa.config.set(engine="numpy"):
+        x = sa.zeros((1000, 1000), chunks=(100, 1000)).persist()
+
+        def again(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, "run", interrupted_at_second_range(Lane.run))
+            patch.setattr(Lane, "account", again)
+            with pytest.raises(KeyboardInterrupt):
+                x += 1
+        with pytest.raises(sa.TornChunkError):
+            np.asarray(x)
