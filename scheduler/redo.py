@@ -28,16 +28,30 @@ from scheduler.task import ARENA, Address
 if TYPE_CHECKING:
     from scheduler.segments import Memory
 
-__all__ = ["COPY", "DATA_NBYTES", "NOT_BEGUN", "RECORD_WORDS", "SLOT_NBYTES", "Redo", "address_of", "pack", "unpack"]
+    NDArray = np.ndarray[Any, Any]
+
+__all__ = [
+    "COMPUTE",
+    "COPY",
+    "DATA_NBYTES",
+    "MOST_STEPS",
+    "NOT_BEGUN",
+    "RECORD_WORDS",
+    "SLOT_NBYTES",
+    "Redo",
+    "address_of",
+    "pack",
+    "unpack",
+]
 
 SLOT_NBYTES = 4 << 20  # of memory that costs nothing until it is touched
 MOST_RECORDS = 8
 RECORD_WORDS = 6 + 2 * 64  # NumPy arrays have at most 64 axes
 FIRST_RECORD = 8
 HEADER_NBYTES = 16 << 10
-DATA_NBYTES = SLOT_NBYTES - HEADER_NBYTES  # room for the results of one step
-SEGMENT, ORIGIN, POINTER, DATA, ITEMSIZE, NDIM, AXES = range(7)  # words of a record
 ALIGNMENT = 64
+DATA_NBYTES = SLOT_NBYTES - HEADER_NBYTES - (MOST_RECORDS + 1) * ALIGNMENT  # room for the results of one step
+SEGMENT, ORIGIN, POINTER, DATA, ITEMSIZE, NDIM, AXES = range(7)  # words of a record
 
 NOT_BEGUN = -1
 COMPUTE, COPY = 0, 1
@@ -84,7 +98,7 @@ class Redo:
 
     def room(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> list[np.ndarray[Any, Any]]:
         """Return arrays in the slot for the results of one step."""
-        arrays, at = [], HEADER_NBYTES
+        arrays, at = [], HEADER_NBYTES + -self.start % ALIGNMENT
         for shape, dtype in zip(shapes, dtypes, strict=True):
             arrays.append(np.ndarray(shape, dtype, self.slot, at))
             at += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
@@ -104,6 +118,36 @@ class Redo:
         n = array.ndim
         data = address_of(array) - self.start
         self.header[at : at + AXES + 2 * n] = (segment, origin, pointer, data, array.itemsize, n, *array.shape, *place.strides)
+
+    def cursor_address(self) -> int:
+        """Return where the cursor lies in this process: for code that goes in steps itself."""
+        return address_of(np.asarray(self.words)) + 8 * self.cursor
+
+    def word(self, phase: int = COMPUTE) -> int:
+        """Return the cursor's word for step 0 of the task that runs; ``pack(0, 1)`` more for each later step."""
+        return pack(self._task, 0, phase)
+
+    def outline(self, number: int, memory: Memory, segment: int, array: NDArray, strides: tuple[int, ...]) -> tuple[int, int]:
+        """Fill in record ``number`` but for what is of one step; return the addresses of its pointer and of its shape.
+
+        The results of a step lie in C order where ``array``, in the slot, begins; their place is an array of this process, whose axes lie
+        ``strides`` apart. Only while the cursor does not say `COPY`.
+        """
+        at = FIRST_RECORD + number * RECORD_WORDS
+        n = len(strides)
+        origin = memory.start if segment == ARENA else 0
+        data = address_of(array) - self.start
+        self.header[at : at + AXES + 2 * n] = (segment, origin, 0, data, array.itemsize, n, *(0,) * n, *strides)
+        start = self.start + 8 * at
+        return start + 8 * POINTER, start + 8 * AXES
+
+    def outlined(self, count: int) -> NDArray:
+        """Return a copy of the slot up to the end of ``count`` records, for `restore` before each task."""
+        self.header[0] = count
+        return self.header[: FIRST_RECORD + count * RECORD_WORDS].copy()
+
+    def restore(self, outlined: NDArray) -> None:
+        self.header[: outlined.size] = outlined
 
     def commit(self, count: int, copies: Sequence[Callable[[Any], None]], step: Any) -> None:
         """Carry out the step whose results lie in the slot: ``copies`` bring the ``count`` records to their places."""

@@ -209,7 +209,8 @@ class Evaluator:
         self.flushed: list[Staged] = []
         if tile_items <= MOST_STAGED_ITEMS:
             for k, window in enumerate(self.windows):
-                if isinstance(window, Remote) and not (k in stored_to and k in loaded):
+                # Beside an update, what is stored is sent block by block: who goes on in the middle of a tile has lost its scratch.
+                if isinstance(window, Remote) and not (k in stored_to and (k in loaded or updated)):
                     staged = self.windows[k] = Staged(window)
                     (self.flushed if k in stored_to else self.fetched).append(staged)
         # Where results go, operand by operand: for those that are updated not where they are read.

@@ -8,11 +8,14 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 import shmarray as sa
+from shmarray import plan
+from shmarray.engines import plain_kernel
 
 UPDATES: dict[str, Callable[[sa.Array, sa.Array], None]] = {
     "all": lambda x, y: np.add(x, y, out=x),
@@ -51,10 +54,11 @@ class Killer:
 
 @pytest.mark.parametrize("engine", ["numpy", "llvm"])
 @pytest.mark.parametrize("name", UPDATES)
-def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str) -> None:
+def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "llvm":
         pytest.importorskip("llvmlite")
     update = UPDATES[name]
+    kernels = kernels_of_plans(monkeypatch)
     rng = np.random.default_rng(3)
     start, other = rng.random((1111, 1003)), rng.random((1111, 1003))
     with sa.config.set(engine=engine), sa.Pool(workers=2) as pool:
@@ -70,3 +74,19 @@ def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str)
                     update(x, y)
             np.testing.assert_array_equal(np.asarray(x), np.asarray(expected))
         pool.check()
+    assert {type(kernel).__name__ for kernel in kernels} == {"MapKernel" if engine == "numpy" else "CompiledKernel"}
+
+
+def kernels_of_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list of the kernels of all updates in place that are planned from now on."""
+    found: list[Any] = []
+    engine_for = plan.engine_for
+
+    def record(*args: Any) -> Any:
+        kernel = engine_for(*args)
+        if plain_kernel(kernel).program.updated:
+            found.append(kernel)
+        return kernel
+
+    monkeypatch.setattr(plan, "engine_for", record)
+    return found
