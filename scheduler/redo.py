@@ -18,6 +18,7 @@ Relies on `segments` for addresses. Never put here: what a step computes, which 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +30,30 @@ from scheduler.task import ARENA, Address
 if TYPE_CHECKING:
     from scheduler.segments import Memory
 
-__all__ = ["COPY", "DATA_NBYTES", "NOT_BEGUN", "RECORD_WORDS", "SLOT_NBYTES", "Redo", "address_of", "pack", "unpack"]
+    NDArray = np.ndarray[Any, Any]
+
+__all__ = [
+    "COMPUTE",
+    "COPY",
+    "DATA_NBYTES",
+    "MOST_STEPS",
+    "NOT_BEGUN",
+    "RECORD_WORDS",
+    "SLOT_NBYTES",
+    "Redo",
+    "address_of",
+    "pack",
+    "unpack",
+]
 
 SLOT_NBYTES = 4 << 20  # of memory that costs nothing until it is touched
 MOST_RECORDS = 8
 RECORD_WORDS = 6 + 2 * 64  # NumPy arrays have at most 64 axes
 FIRST_RECORD = 8
 HEADER_NBYTES = 16 << 10
-DATA_NBYTES = SLOT_NBYTES - HEADER_NBYTES  # room for the results of one step
-SEGMENT, ORIGIN, POINTER, DATA, ITEMSIZE, NDIM, AXES = range(7)  # words of a record
 ALIGNMENT = 64
+DATA_NBYTES = SLOT_NBYTES - HEADER_NBYTES - (MOST_RECORDS + 1) * ALIGNMENT  # room for the results of one step
+SEGMENT, ORIGIN, POINTER, DATA, ITEMSIZE, NDIM, AXES = range(7)  # words of a record
 
 NOT_BEGUN = -1
 COMPUTE, COPY = 0, 1
@@ -60,6 +75,10 @@ def address_of(array: np.ndarray[Any, Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+_NONE = np.empty(0, np.uint8)
+_spare: deque[NDArray] = deque(maxlen=4)  # slots of lanes that ended; appended to and taken from by any thread
+
+
 class Redo:
     """A lane's cursor, ``words[cursor]``, and its slot.
 
@@ -69,18 +88,23 @@ class Redo:
     __slots__ = ("_memory", "_task", "cursor", "first_step", "header", "slot", "start", "step", "words")
 
     def __init__(self, words: memoryview, cursor: int, slot: np.ndarray[Any, np.dtype[np.uint8]] | None = None) -> None:
-        """``slot`` None: one of this process, as large as it has to be."""
+        """``slot`` None: one of this process, made when first needed."""
         self.words = words
         self.cursor = cursor
-        self._attach(np.empty(0, np.uint8) if slot is None else slot)
+        self._attach(_NONE if slot is None else slot)
         self.first_step = self.step = 0
         self._task = 0
-        self._memory: Memory | None = None  # of the latest record: for a fault in the middle of a copy alone
 
-    def _attach(self, slot: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def _attach(self, slot: NDArray) -> None:
         self.slot = slot
         self.start = address_of(slot)
         self.header = slot[:HEADER_NBYTES].view(np.int64)
+
+    def close(self) -> None:
+        """Give the slot back, when it is one of this process: to be used by the next lane, for fresh memory costs page faults."""
+        if self.slot is not _NONE:
+            _spare.append(self.slot)
+            self._attach(_NONE)
 
     def begin(self, task: int, step: int = 0) -> None:
         """Say which task runs now, and from which step on."""
@@ -90,17 +114,20 @@ class Redo:
 
     def room(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> list[np.ndarray[Any, Any]]:
         """Return arrays in the slot for the results of one step."""
-        starts, at = [], HEADER_NBYTES
+        if self.slot is _NONE:
+            try:
+                self._attach(_spare.pop())
+            except IndexError:
+                self._attach(np.empty(SLOT_NBYTES, np.uint8))
+        starts, at = [], HEADER_NBYTES + -self.start % ALIGNMENT
         for shape, dtype in zip(shapes, dtypes, strict=True):
             starts.append(at)
             at += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        if at > self.slot.nbytes:
-            if at > SLOT_NBYTES:
-                raise ValueError(
-                    f"updating items of {[dtype.itemsize for dtype in dtypes]} bytes in place: the results of one step take {at} bytes, of "
-                    f"which {SLOT_NBYTES} are there at most. Compute a new array instead (x = x + y)."
-                )
-            self._attach(np.empty(at, np.uint8))
+        if at > SLOT_NBYTES:
+            raise ValueError(
+                f"updating items of {[dtype.itemsize for dtype in dtypes]} bytes in place: the results of one step take {at} bytes, of "
+                f"which {SLOT_NBYTES} are there at most. Compute a new array instead (x = x + y)."
+            )
         return [np.ndarray(shape, dtype, self.slot, start) for shape, dtype, start in zip(shapes, dtypes, starts, strict=True)]
 
     def record(self, number: int, memory: Memory, segment: int, place: Any, array: np.ndarray[Any, Any]) -> None:
@@ -118,6 +145,36 @@ class Redo:
         n = array.ndim
         data = address_of(array) - self.start
         self.header[at : at + AXES + 2 * n] = (segment, origin, pointer, data, array.itemsize, n, *array.shape, *place.strides)
+
+    def cursor_address(self) -> int:
+        """Return where the cursor lies in this process: for code that goes in steps itself."""
+        return address_of(np.asarray(self.words)) + 8 * self.cursor
+
+    def word(self, phase: int = COMPUTE) -> int:
+        """Return the cursor's word for step 0 of the task that runs; ``pack(0, 1)`` more for each later step."""
+        return pack(self._task, 0, phase)
+
+    def outline(self, number: int, memory: Memory, segment: int, array: NDArray, strides: tuple[int, ...]) -> tuple[int, int]:
+        """Fill in record ``number`` but for what is of one step; return the addresses of its pointer and of its shape.
+
+        The results of a step lie in C order where ``array``, in the slot, begins; their place is an array of this process, whose axes lie
+        ``strides`` apart. Only while the cursor does not say `COPY`.
+        """
+        at = FIRST_RECORD + number * RECORD_WORDS
+        n = len(strides)
+        origin = memory.start if segment == ARENA else 0
+        data = address_of(array) - self.start
+        self.header[at : at + AXES + 2 * n] = (segment, origin, 0, data, array.itemsize, n, *(0,) * n, *strides)
+        start = self.start + 8 * at
+        return start + 8 * POINTER, start + 8 * AXES
+
+    def outlined(self, count: int) -> NDArray:
+        """Return a copy of the slot up to the end of ``count`` records, for `restore` before each task."""
+        self.header[0] = count
+        return self.header[: FIRST_RECORD + count * RECORD_WORDS].copy()
+
+    def restore(self, outlined: NDArray) -> None:
+        self.header[: outlined.size] = outlined
 
     def commit(self, count: int, copies: Sequence[Callable[[Any], None]], step: Any) -> None:
         """Carry out the step whose results lie in the slot: ``copies`` bring the ``count`` records to their places."""

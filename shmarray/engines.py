@@ -59,8 +59,6 @@ def _choose(kernel: Any, nbytes: int, is_remote: Callable[[int], bool]) -> tuple
         return kernel, "only chains of operations and reductions are"
     if config.engine == "numpy":
         return kernel, "engine='numpy'"
-    if isinstance(kernel, MapKernel) and kernel.program.updated:
-        return kernel, "an update in place is not, yet"
     if _lacks_llvmlite():
         return kernel, _lacks_llvmlite()
     if config.engine == "auto" and nbytes < COMPILING_PAYS_NBYTES:

@@ -35,7 +35,8 @@ chunks expr kernels.llvm.lanes kernels.llvm.objects
 kernels.llvm.lowering
 kernels.llvm.lower_arithmetic kernels.llvm.lower_choice kernels.llvm.lower_math
 kernels.llvm.lower
-kernels.llvm.folds kernels.llvm.writer
+kernels.llvm.folds kernels.llvm.writer kernels.llvm.steps
+kernels.llvm.updates
 kernels.llvm.module
 storage kernels.program
 handle travel
@@ -58,7 +59,7 @@ __main__
 """
 
 # What shmarray takes from scheduler: words of plans (task), the door (run), names of errors, bytes as text, and in the kernels
-# memory that lies in another process.
+# memory that lies in another process, and what makes updates happen once.
 DOORS = {
     "scheduler.task": {
         "array",
@@ -76,7 +77,7 @@ DOORS = {
         "kernels.sources",
         "kernels.llvm.kernel",
     },
-    "scheduler.redo": {"kernels.numpy"},
+    "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
     "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},

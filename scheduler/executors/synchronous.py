@@ -66,4 +66,5 @@ def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
         raise
     finally:
         running.close(failure, is_done=is_done)
+        lane.redo.close()
         del failure  # no circle with the traceback

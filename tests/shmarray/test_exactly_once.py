@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ import pytest
 import shmarray as sa
 from scheduler.redo import Redo
 from scheduler.running import Lane
+from shmarray import plan
+from shmarray.engines import plain_kernel
 from shmarray.errors import cut_short
 
 UPDATES: dict[str, Callable[[sa.Array, sa.Array], None]] = {
@@ -57,10 +60,11 @@ class Killer:
 
 @pytest.mark.parametrize("engine", ["numpy", "llvm"])
 @pytest.mark.parametrize("name", UPDATES)
-def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str) -> None:
+def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine == "llvm":
         pytest.importorskip("llvmlite")
     update = UPDATES[name]
+    kernels = kernels_of_plans(monkeypatch)
     rng = np.random.default_rng(3)
     start, other = rng.random((1111, 1003)), rng.random((1111, 1003))
     with sa.config.set(engine=engine), sa.Pool(workers=2) as pool:
@@ -76,6 +80,22 @@ def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str)
                     update(x, y)
             np.testing.assert_array_equal(np.asarray(x), np.asarray(expected))
         pool.check()
+    assert {type(kernel).__name__ for kernel in kernels} == {"MapKernel" if engine == "numpy" else "CompiledKernel"}
+
+
+def kernels_of_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list of the kernels of all updates in place that are planned from now on."""
+    found: list[Any] = []
+    engine_for = plan.engine_for
+
+    def record(*args: Any) -> Any:
+        kernel = engine_for(*args)
+        if plain_kernel(kernel).program.updated:
+            found.append(kernel)
+        return kernel
+
+    monkeypatch.setattr(plan, "engine_for", record)
+    return found
 
 
 def test_who_holds_the_lock_of_a_chunk_never_sees_it_half_done() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.redo import DATA_NBYTES
 from shmarray.kernels.llvm.folds import fold_of, folds_of
 from shmarray.kernels.llvm.kernel import CompiledKernel, PlainKernel
 from shmarray.kernels.llvm.lanes import BOOL, NotLowered, element_type, part_dtype
@@ -35,6 +36,7 @@ from shmarray.kernels.numpy import MapKernel
 from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Store
 from shmarray.kernels.reduce import ReduceKernel
 from shmarray.region import c_strides
+from shmarray.tiles import slab_sizes
 
 __all__ = ["NotLowered", "assembly", "compiled"]
 
@@ -60,7 +62,7 @@ def compiled(plain: PlainKernel, is_remote: Callable[[int], bool]) -> CompiledKe
         structure,
         tuple(loop.axes for loop in draft.nest.loops),
         tuple(draft.fills),
-        frozenset(draft.aside),
+        draft.aside,
         draft.ragged,
         draft.piece_sizes,
         b"".join(draft.scalars),
@@ -101,15 +103,22 @@ class _Draft:
         self.blamed = _only_suspect(program) if isinstance(plain, MapKernel) else None
         self.loaded, self.stored = loaded, stored
         remote = {k for k, o in enumerate(program.operands) if o.source is None and is_remote(o.buffer)}
-        self.aside = sorted(k for k in loaded & stored if self.blamed is None or k in remote)
+        if program.updated and isinstance(plain, ReduceKernel):
+            raise NotLowered("a reduction beside an update in place")
+        in_pieces = bool(stored & remote)  # what is copied there is copied when a piece is done, which then is the step
+        self.updated: tuple[int, ...] = () if in_pieces else program.updated
+        self.aside: tuple[int, ...] = program.updated if in_pieces else ()
         self.piece_sizes = plain.grid.sizes
         if isinstance(plain, ReduceKernel):
             # Of one size wherever operands lie: pieces are nodes of the tree, and so decide bits.
             self.piece_sizes = _smaller(plain.grid.sizes, self.axes, REDUCED_ITEMS)
-        elif remote or self.fills or self.aside:
+        elif self.aside:
+            most = DATA_NBYTES // sum(program.operands[k].dtype.itemsize for k in self.aside)
+            self.piece_sizes = slab_sizes(plain.grid.sizes, min(STAGED_ITEMS, max(1, most)))
+        elif remote or self.fills:
             self.piece_sizes = _smaller(plain.grid.sizes, (), STAGED_ITEMS if remote else PIECE_ITEMS)
         self.traffic = [self._traffic(k, o, k in remote or k in self.aside) for k, o in enumerate(program.operands)]
-        # An operand that is read where it is written is two: the code reads the one and writes the other.
+        # An operand that is updated piece by piece is two: the code reads the one and writes the other.
         self.traffic += [self.traffic[k] for k in self.aside]
         self.traffic += [self._fill_traffic(step) for step in self.fills]
         dtypes = [r.dtype for r in program.registers] + [o.dtype for o in program.operands]
@@ -121,8 +130,6 @@ class _Draft:
         self.lanes = lanes_of([part_dtype(d).itemsize for d in dtypes])
         traffic = self.traffic
         if isinstance(plain, ReduceKernel):
-            if self.aside:
-                raise NotLowered("a reduction beside an update in place")
             traffic = [replace(t, exact=True) for t in traffic]  # wherever operands lie, so that bits do not depend on it
         self.nest: Nest = choose_nest(program.shape, self.piece_sizes, traffic, self.lanes, self.axes)
         self.ragged = tuple(k for k in sorted(remote) if not self.traffic[k].exact)
@@ -215,9 +222,8 @@ class _Draft:
         )
         assert len(shape) == len(self.piece_sizes)
         registers = tuple((r.dtype.str, v) for r, v in zip(program.registers, varies, strict=True))
-        return Structure(
-            self.lanes, tuple(loop.reduced for loop in self.nest.loops), tuple(operands), registers, tuple(steps), len(self.scalars), folds
-        )
+        reduced = tuple(loop.reduced for loop in self.nest.loops)
+        return Structure(self.lanes, reduced, tuple(operands), registers, tuple(steps), len(self.scalars), folds, self.updated)
 
     def _apply(self, step: Apply) -> StepForm:
         outs = tuple(self.program.registers[r].dtype for r in step.outs)
@@ -245,7 +251,7 @@ class _Draft:
 def _only_suspect(program: Program) -> Apply | None:
     """Return the one step that can have raised a flag, where one is all there is and its flags are exact: ``x += y``.
 
-    Its flags need no second look, so that its target can be written at once, though it is read.
+    Its flags need no second look.
     """
     steps = [step for step in program.steps if isinstance(step, Apply)]
     if len(steps) != 1 or steps[0].name not in _EXACT or any(mode == "raise" for _, mode in steps[0].errstate):

@@ -1,8 +1,9 @@
 """Compiled kernels as the scheduler runs them: a plain kernel of the NumPy engine, and the code that does the same in one pass.
 
-What lies in the driver's memory, is made from positions, or is written where it is read is moved piece by piece through scratch,
-which the code sees as any other operand. After each piece the processor's flags are looked at: where NumPy might warn or raise, the NumPy
-engine computes the piece again, before anything of it is written, and says what NumPy says.
+What lies in the driver's memory or is made from positions is moved piece by piece through scratch, which the code sees as any other
+operand. After each piece the processor's flags are looked at: where NumPy might warn or raise, the NumPy engine computes the piece again
+and says what NumPy says. What is written where it is read goes in steps, each exactly once (`scheduler.redo`): the code's own, which stops
+at flags before anything of the step is written; pieces are the steps where a place written to is copied, not mapped.
 
 Promises: loading this imports no code generator; a worker needs none.
 Never put here: LLVM, files, grids.
@@ -13,17 +14,19 @@ from __future__ import annotations
 import ctypes
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from scheduler.redo import COMPUTE, COPY, MOST_STEPS, address_of, pack
 from scheduler.segments import Remote
 from scheduler.task import Context
 from shmarray.kernels.llvm.objects import load
+from shmarray.kernels.llvm.steps import Steps
 from shmarray.kernels.llvm.structure import FLAGS, Arguments, Structure
-from shmarray.kernels.numpy import Evaluator, Made, MapKernel, Staged, Window, fill_reader, open_window, put, stage
+from shmarray.kernels.numpy import Evaluator, Made, MapKernel, Redone, Staged, Window, fill_reader, open_window, put, run_step, stage
 from shmarray.kernels.program import Apply, FillStep, Program, Store
 from shmarray.kernels.reduce import ReduceKernel, Tree, split_number
 from shmarray.ops.reductions_table import REDUCTIONS, Part
@@ -33,6 +36,8 @@ from shmarray.tiles import Grid, blocks
 __all__ = ["CompiledKernel"]
 
 MOST_REPLAYS = 8  # a layer whose every piece raises flags is computed twice only so often per process
+MOST_SHAPES = 64  # of pieces, that are remembered
+ALL_FLAGS = sum(FLAGS.values())
 _ONE = slice(0, 1)
 _PROBLEMS = tuple(
     (kind, FLAGS[kind], problem) for kind, problem in (("divide", "divide by zero"), ("over", "overflow"), ("invalid", "invalid value"))
@@ -48,7 +53,7 @@ class CompiledKernel:
     structure: Structure
     loops: tuple[tuple[int, ...], ...]
     fills: tuple[FillStep, ...]
-    aside: frozenset[int]  # stored operands that are read, too: written when a piece is done
+    aside: tuple[int, ...]  # operands updated piece by piece; those of the structure the code updates itself
     ragged: tuple[int, ...]  # operands copied from the driver's memory that are not in C order there
     piece_sizes: tuple[int, ...]
     scalars: bytes
@@ -81,24 +86,6 @@ def _loaded(blob: bytes) -> CompiledKernel:
     return CompiledKernel(*pickle.loads(blob))
 
 
-class _Aside:
-    """A place of this process that is written when a piece is done, as `Staged` is for the driver's memory."""
-
-    def __init__(self, window: np.ndarray[Any, Any]) -> None:
-        self.window = window
-        self.scratch = np.empty(0, window.dtype)
-        self.array = self.scratch
-
-    def begin(self, box: Box) -> None:
-        shape = [piece.stop - piece.start for piece in box]
-        if self.scratch.size < math.prod(shape):
-            self.scratch = np.empty(math.prod(shape), self.window.dtype)
-        self.array = self.scratch[: math.prod(shape)].reshape(shape)
-
-    def flush(self, box: Box) -> None:
-        np.copyto(self.window[box], self.array)
-
-
 class _Bound:
     """A compiled kernel with this process's memory."""
 
@@ -114,9 +101,9 @@ class _Bound:
         ctypes.memmove(ctypes.addressof(self.words) + 8 * self.where.scalars, kernel.scalars, len(kernel.scalars))
         self.keep: list[Any] = []
         self.fetched: list[tuple[int, Staged]] = []
-        self.flushed: list[tuple[int, Staged | _Aside]] = []
+        self.flushed: list[tuple[int, Staged]] = []
+        self.redone: list[Redone] = []  # of what is updated piece by piece
         self.direct: list[tuple[int, int, tuple[int, ...]]] = []  # operand, address, strides
-        copies = sorted(kernel.aside)
         self.made: dict[int, Made] = {}
         for number, operand in enumerate(program.operands):
             if operand.source is not None:
@@ -128,22 +115,28 @@ class _Bound:
                 staged = Staged(window)
                 if form.is_stored:
                     self.flushed.append((number, staged))
-                elif number in kernel.aside or form.is_loaded:
+                elif form.is_loaded:
                     self.fetched.append((number, staged))
             else:
                 self._use(number, window)
             if number in kernel.aside:
-                self.flushed.append(
-                    (len(program.operands) + copies.index(number), Staged(window) if isinstance(window, Remote) else _Aside(window))
-                )
-        first_fill = len(program.operands) + len(copies)
+                self.redone.append(Redone(window, operand, context))
+        first_fill = len(program.operands) + len(kernel.aside)
         self.fills = [(first_fill + n, fill_reader(step, program.registers[step.out].dtype)) for n, step in enumerate(kernel.fills)]
         self.evaluator: Evaluator | None = None
         self.replays = 0
         self.explained = 0  # flags of pieces that were computed again
+        self.held: list[Any] = []
+        self.header: np.ndarray[Any, Any] | None = None
+        self.steps: dict[tuple[int, ...], Steps] = {}  # of pieces, by their shape
         if isinstance(self.plain, ReduceKernel):
             self._prepare_states(self.plain)
-        self.run = self._run_map if isinstance(self.plain, MapKernel) else self._run_reduce
+        if isinstance(self.plain, ReduceKernel):
+            self.run = self._run_reduce
+        elif kernel.aside:
+            self.run = self._run_in_pieces
+        else:
+            self.run = self._run_in_steps if s.updated else self._run_map
 
     def _use(self, number: int, window: np.ndarray[Any, Any]) -> None:
         """Enter an array that lies in this process for the whole run."""
@@ -168,7 +161,14 @@ class _Bound:
         self._set_strides(number, strides)
 
     def _call(self, piece: Box) -> None:
-        """Run the code on a piece; results that are not written in place stay in scratch."""
+        """Run the code on a piece; results for the driver's memory stay in scratch, those of what is updated in the redo slot."""
+        self._enter(piece)
+        flags = self.function(self.address)
+        if flags & self._mask():
+            self._explain(flags, piece, (piece,))
+
+    def _enter(self, piece: Box) -> None:
+        """Set the arguments for a piece."""
         words, where = self.words, self.where
         starts = [p.start for p in piece]
         for number, address, strides in self.direct:
@@ -187,7 +187,9 @@ class _Bound:
             self._set_copied(number, array)
         for number, target in self.flushed:
             target.begin(piece)
-            self._set_copied(number, target[piece] if isinstance(target, Staged) else target.array)
+            self._set_copied(number, target[piece])
+        for number, redone in enumerate(self.redone, len(self.plain.program.operands)):
+            self._set_copied(number, redone.tile)
         for number, fill in self.fills:
             array = np.ascontiguousarray(fill(piece))
             held.append(array)
@@ -197,14 +199,22 @@ class _Bound:
             for a in axes:
                 count *= piece[a].stop - piece[a].start
             words[where.counts + loop] = count
-        flags = self.function(self.address)
-        if flags and not self.kernel.quiet and (self.kernel.raises or flags & ~self.explained or self.replays < MOST_REPLAYS):
-            self.replays += 1
-            self.explained |= flags
-            if self.kernel.blamed is not None:
-                self._blame(self.kernel.blamed, flags)
-            else:
-                self._replay(piece)
+        self.held = held  # arrays of this piece, until the next
+
+    def _mask(self) -> int:
+        """Return the flags of which there may be something to say."""
+        if self.kernel.quiet:
+            return 0
+        return ALL_FLAGS if self.kernel.raises or self.replays < MOST_REPLAYS else ALL_FLAGS & ~self.explained
+
+    def _explain(self, flags: int, piece: Box, boxes: Iterable[Box]) -> None:
+        """Say what NumPy says of the flags that some boxes of a piece have raised."""
+        self.replays += 1
+        self.explained |= flags
+        if self.kernel.blamed is not None:
+            self._blame(self.kernel.blamed, flags)
+        else:
+            self._replay(piece, boxes)
 
     def _commit(self, piece: Box) -> None:
         for _, target in self.flushed:
@@ -218,6 +228,92 @@ class _Bound:
                 self._call(piece)
                 self._commit(piece)
 
+    def _run_in_pieces(self, index: int) -> None:
+        """Update what cannot be written by the code: a piece is a step."""
+        redo, number = self.context.redo, 0
+        for tile in self.plain.grid.tiles(index):
+            pieces = list(blocks(tile, self.kernel.piece_sizes))
+            todo = pieces[max(0, redo.first_step - number) :]
+            number += len(pieces)
+            if todo:
+                self._make(tile)
+            for piece in todo:
+                run_step(redo, self.redone, piece, lambda piece=piece: self._compute(piece))  # type: ignore[misc]  # a lambda's default
+
+    def _compute(self, piece: Box) -> None:
+        self._call(piece)
+        self._commit(piece)  # before the piece is updated: who goes on after this process's end does not come back to it
+
+    def _run_in_steps(self, index: int) -> None:
+        """Update in place: the code goes in steps, numbered through all pieces of the task."""
+        self._begin_steps()
+        first, number, sizes = self.context.redo.first_step, 0, self.kernel.piece_sizes
+        for tile in self.plain.grid.tiles(index):
+            is_made = False
+            for piece in blocks(tile, sizes) if sizes != self.plain.grid.sizes else (tile,):
+                steps = self._steps_of(piece)
+                if number + steps.count > first:
+                    if not is_made:
+                        self._make(tile)
+                        is_made = True
+                    self._update(piece, steps, number, max(number, first))
+                number += steps.count
+
+    def _steps_of(self, piece: Box) -> Steps:
+        shape = tuple([p.stop - p.start for p in piece])
+        found = self.steps.get(shape)
+        if found is None:
+            if len(self.steps) > MOST_SHAPES:
+                self.steps.clear()
+            found = self.steps[shape] = Steps.of(shape, self.kernel.loops, self.kernel.structure)
+        return found
+
+    def _begin_steps(self) -> None:
+        """Enter where the code finds the cursor, the slot and its records, which another layer may have had meanwhile."""
+        words, where, redo = self.words, self.where, self.context.redo
+        if self.header is None:
+            self.header = self._new_header()
+        redo.restore(self.header)
+        words[where.computing], words[where.copying] = redo.word(COMPUTE), redo.word(COPY)
+
+    def _new_header(self) -> np.ndarray[Any, Any]:
+        """Return what the slot holds in front of results, but for what is of one step; enter what is of no task."""
+        words, where, s = self.words, self.where, self.kernel.structure
+        redo, memory, operands = self.context.redo, self.context.memory, self.plain.program.operands
+        words[where.cursor], words[where.each] = redo.cursor_address(), pack(0, 1)
+        room = redo.room([(s.step_items,)] * len(s.updated), [operands[k].dtype for k in s.updated])
+        for n, (k, results) in enumerate(zip(s.updated, room, strict=True)):
+            last = len(self.kernel.loops) - 1
+            inner = words[where.stride(k, last)]
+            if s.operands[k].inner == "backward":
+                inner = -inner  # in the slot and in its record as in memory
+            strides = (words[where.stride(k, last - 1)] if last else 0, inner)
+            segment = self.context.addresses[operands[k].buffer].segment
+            words[where.results + n] = address_of(results)
+            words[where.pointers + n], words[where.shapes + n] = redo.outline(n, memory, segment, results, strides)
+        header: np.ndarray[Any, Any] = redo.outlined(len(s.updated))
+        return header
+
+    def _update(self, piece: Box, steps: Steps, number: int, first: int, stop: int = MOST_STEPS) -> None:
+        """Do the steps of a piece, its first being ``number``, from ``first`` on and before ``stop``."""
+        words, where = self.words, self.where
+        self._enter(piece)
+        words[where.rows], words[where.width] = steps.rows, steps.width
+        words[where.number], words[where.first_step], words[where.stop] = number, first, min(stop, number + steps.count)
+        # Where one operation is all there is, its flags say all: there is nothing to look at before it is written.
+        mask = self._mask()
+        words[where.mask] = 0 if self.kernel.blamed is not None else mask
+        end = words[where.stop]
+        flags = self.function(self.address)
+        reached = words[where.stop]
+        if reached < end:
+            # Nothing of what is left is updated: NumPy sees the same operands, and raises before they change.
+            self._explain(flags, piece, steps.boxes(piece, reached - number))
+            words[where.first_step], words[where.stop], words[where.mask] = reached, end, 0
+            self.function(self.address)
+        elif flags & mask and self.kernel.blamed is not None:
+            self._explain(flags, piece, ())
+
     def _make(self, tile: Box) -> None:
         for made in self.made.values():
             made.fetch(tile)
@@ -228,8 +324,8 @@ class _Bound:
             if flags & bit and modes.get(kind, "warn") != "ignore":
                 self.context.warn("RuntimeWarning", f"{problem} encountered in {step.name}", step.line)
 
-    def _replay(self, piece: Box) -> None:
-        """Let the NumPy engine compute a piece, write nothing, and say what NumPy says."""
+    def _replay(self, piece: Box, boxes: Iterable[Box]) -> None:
+        """Let the NumPy engine compute boxes of a piece, write nothing, and say what NumPy says."""
         plain = self.plain
         if self.evaluator is None:
             steps = tuple(step for step in plain.program.steps if not isinstance(step, Store))
@@ -240,17 +336,20 @@ class _Bound:
         evaluator.begin(piece)
         axes = plain.axes if isinstance(plain, ReduceKernel) else ()
         sizes = plain.grid.block_sizes
-        kept = tuple([_ONE if a in axes else p for a, p in enumerate(piece)])
-        reduced = tuple([p if a in axes else _ONE for a, p in enumerate(piece)])
         with evaluator.errstate():
+            if not isinstance(plain, ReduceKernel):
+                for box in boxes:
+                    for block in blocks(box, sizes):
+                        evaluator.run(block)
+                return
+            kept = tuple([_ONE if a in axes else p for a, p in enumerate(piece)])
+            reduced = tuple([p if a in axes else _ONE for a, p in enumerate(piece)])
             for kept_block in blocks(kept, tuple([1 if a in axes else n for a, n in enumerate(sizes)])):
                 trees: list[Tree] = []
                 for reduced_block in blocks(reduced, tuple([n if a in axes else 1 for a, n in enumerate(sizes)])):
                     box = tuple([r if a in axes else k for a, (k, r) in enumerate(zip(kept_block, reduced_block, strict=True))])
-                    values = evaluator.run(box)
-                    if isinstance(plain, ReduceKernel):
-                        self._replay_reductions(plain, box, values, trees)
-                for tree, spec in zip(trees, plain.specs if isinstance(plain, ReduceKernel) else (), strict=True):
+                    self._replay_reductions(plain, box, evaluator.run(box), trees)
+                for tree, spec in zip(trees, plain.specs, strict=True):
                     with spec.guard(self.context):
                         tree.result()
 

@@ -10,6 +10,8 @@ array of a kind and every time step.
                                   after LEAF_STRIPS: close, push         after LEAF_STRIPS rows: close, push
                                 merge lanes, store states             store states
 
+Maps that update operands in place go in steps (`updates`).
+
 Never put here: what an operation or a reduction is.
 """
 
@@ -26,6 +28,7 @@ from shmarray.kernels.llvm.folds import Fold, folds_of
 from shmarray.kernels.llvm.lanes import FLOAT64, I64, Lanes
 from shmarray.kernels.llvm.structure import BLOCK_ITEMS, LEAF_STRIPS, Structure
 from shmarray.kernels.llvm.target import Machine
+from shmarray.kernels.llvm.updates import map_in_steps
 from shmarray.kernels.llvm.writer import PTR, Writer, i64
 
 __all__ = ["write_module"]
@@ -38,7 +41,9 @@ Dtypes = Sequence[np.dtype[Any]]
 def write_module(s: Structure, machine: Machine) -> str:
     """Return the LLVM assembly of a structure. Raises NotLowered."""
     writer = Writer(s, machine)
-    if not s.folds:
+    if s.updated:
+        map_in_steps(writer)
+    elif not s.folds:
         _map(writer)
     elif s.reduced[-1]:
         _reduce_along(writer)

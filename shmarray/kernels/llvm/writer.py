@@ -9,8 +9,9 @@ Never put here: what an operation is (`lower`), which loops there are (`module`)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,12 @@ class Writer:
         self.builder = build = ir.IRBuilder(start)
         self.flags = self.variable(I32)
         self.setup.store(i32(0), self.flags)
+        self.results: dict[int, ir.Value] = {}  # of updated operands, where the results of the row that is being built begin
         self.lanes = Lanes(build, s.lanes, machine, self._note)
         self.scalars = [self._scalar_pointer(slot) for slot in range(s.nscalars)]
         self.counts = [self.argument(self.args.counts + d) for d in range(len(s.reduced))]
         self.padded: dict[int, ir.Value] = {k: self._scratch(o) for k, o in enumerate(s.operands) if o.inner != "still"}
+        self.padded_results: dict[int, ir.Value] = {k: self._scratch(s.operands[k]) for k in s.updated}
         self.values: list[Vec | None] = [None] * len(s.registers)
         self.counted: ir.Value | None = None  # of the strip that is being built, its i1 lanes that count
         self._clear_flags()
@@ -57,7 +60,7 @@ class Writer:
         build = self.builder
         if any(o.streams for o in self.s.operands):
             build.fence("seq_cst")  # what streams is not ordered: others may be told of it only when it has arrived
-        build.ret(build.or_(self._test_flags(), build.load(self.flags, typ=I32)))
+        build.ret(self.raised())
         self.setup.branch(self._entered)
         return self.module
 
@@ -99,6 +102,10 @@ class Writer:
     def _test_flags(self) -> ir.Value:
         return self.lanes.call("fetestexcept", I32, i32(_ALL_FLAGS))
 
+    def raised(self) -> ir.Value:
+        """Return the flags that are set."""
+        return self.builder.or_(self._test_flags(), self.builder.load(self.flags, typ=I32))
+
     def _note(self, condition: ir.Value, problem: str) -> None:
         build = self.builder
         bit = build.select(condition, i32(FLAGS[problem]), i32(0))
@@ -107,7 +114,7 @@ class Writer:
     # --- loops ------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def loop(self, count: ir.Value, step: int = 1) -> Iterator[ir.Value]:
+    def loop(self, count: ir.Value, step: int | ir.Value = 1) -> Iterator[ir.Value]:
         """Repeat what is built inside for 0, ``step``, ... below ``count``."""
         build = self.builder
         before = build.block
@@ -121,7 +128,7 @@ class Writer:
         build.cbranch(build.icmp_signed("<", index, count), body, after)
         build.position_at_end(body)
         yield index
-        index.add_incoming(build.add(index, i64(step)), build.block)
+        index.add_incoming(build.add(index, i64(step) if isinstance(step, int) else step), build.block)
         build.branch(head)
         build.position_at_end(after)
 
@@ -184,12 +191,22 @@ class Writer:
                     row = stack.enter_context(self.loop(rows[1]))
                     here = [self.step_by(p, k, rows[0], row) for k, p in enumerate(pointers)]
                     self._steps(here, [], still=True)
-                self._strip(here, {k: self._inner(here[k], k, j) for k in moving}, rest, is_short, lambda: each(j, row))
+                into = {k: self.at(start, build.mul(j, self._pad_stride(k))) for k, start in self.results.items()}
+                self._strip(here, {k: self._inner(here[k], k, j) for k in moving}, into, rest, is_short, lambda: each(j, row))
 
     def _strip(
-        self, pointers: list[ir.Value], here: dict[int, ir.Value], rest: ir.Value, is_short: ir.Value, each: Callable[[], None]
+        self,
+        pointers: list[ir.Value],
+        here: dict[int, ir.Value],
+        into: dict[int, ir.Value],
+        rest: ir.Value,
+        is_short: ir.Value,
+        each: Callable[[], None],
     ) -> None:
-        """Compute one strip of the operands that move, at ``here``; of a short one ``rest`` items count."""
+        """Compute one strip of the operands that move, at ``here``; of a short one ``rest`` items count.
+
+        Results of those that are updated go ``into`` the redo slot, where they lie without gaps, in the order of the target's memory.
+        """
         build, s = self.builder, self.s
         whole, fill, body = build.block, self.block("fill"), self.block("strip")
         build.cbranch(is_short, fill, body)
@@ -200,6 +217,7 @@ class Writer:
         build.branch(body)
         build.position_at_end(body)
         places: list[tuple[ir.Value, ir.Value]] = []
+        results: dict[int, ir.Value] = {}
         lanes = ir.VectorType(I1, s.lanes)
         self.counted = self.merged([(ir.Constant(lanes, [1] * s.lanes), whole), (counted, filled)])
         for k, o in enumerate(s.operands):
@@ -211,11 +229,13 @@ class Writer:
             if o.inner == "strided":
                 stride = self.merged([(self.argument(self.args.stride(k, self.args.loops - 1)), whole), (stride, filled)])
             places.append((pointer, stride))
-        self._steps([p for p, _ in places], [stride for _, stride in places], still=False)
+        for k in s.updated:
+            results[k] = self.merged([(into[k], whole), (self._padded_start(k, self.padded_results), filled)])
+        self._steps([p for p, _ in places], [stride for _, stride in places], results, still=False)
         stored = {k: p for k, p in here.items() if s.operands[k].is_stored}
         if stored:
             with self.when(is_short):
-                self._unpad(stored, rest)
+                self._unpad(stored, into, rest)
         each()
 
     def _inner(self, pointer: ir.Value, operand: int, j: ir.Value) -> ir.Value:
@@ -228,12 +248,12 @@ class Writer:
             return self.at(pointer, self.builder.mul(j, i64(-size)))
         return self.at(pointer, self.builder.mul(j, i64(size)))
 
-    def _padded_start(self, operand: int) -> ir.Value:
-        o = self.s.operands[operand]
+    def _padded_start(self, operand: int, padded: dict[int, ir.Value] | None = None) -> ir.Value:
+        o, scratch = self.s.operands[operand], (self.padded if padded is None else padded)[operand]
         if o.inner != "backward":
-            return self.padded[operand]
+            return scratch
         last = (self.s.lanes - 1) * np.dtype(o.dtype).itemsize
-        return self.setup.gep(self.padded[operand], [i64(last)], source_etype=I8)
+        return self.setup.gep(scratch, [i64(last)], source_etype=I8)
 
     def _pad(self, here: dict[int, ir.Value], rest: ir.Value) -> None:
         """Copy the rest of a row into scratch, its last item again and again behind it."""
@@ -247,10 +267,14 @@ class Writer:
             for k in loaded:
                 self._copy_item(here[k], self._item_stride(k), item, self._padded_start(k), self._pad_stride(k), lane, k)
 
-    def _unpad(self, here: dict[int, ir.Value], rest: ir.Value) -> None:
+    def _unpad(self, here: dict[int, ir.Value], into: dict[int, ir.Value], rest: ir.Value) -> None:
         with self.loop(rest) as lane:
             for k, pointer in here.items():
-                self._copy_item(self._padded_start(k), self._pad_stride(k), lane, pointer, self._item_stride(k), lane, k)
+                gap = self._pad_stride(k)
+                if k in into:
+                    self._copy_item(self._padded_start(k, self.padded_results), gap, lane, into[k], gap, lane, k)
+                else:
+                    self._copy_item(self._padded_start(k), gap, lane, pointer, self._item_stride(k), lane, k)
 
     def _item_stride(self, operand: int) -> ir.Value:
         o = self.s.operands[operand]
@@ -274,12 +298,17 @@ class Writer:
 
     # --- steps ------------------------------------------------------------------------------------------------------------
 
-    def _steps(self, pointers: list[ir.Value], strides: list[ir.Value], *, still: bool) -> None:
+    def _steps(
+        self, pointers: list[ir.Value], strides: list[ir.Value], results: Mapping[int, ir.Value] = MappingProxyType({}), *, still: bool
+    ) -> None:
         """Build the steps whose registers do not vary along the inner loop (``still``), or the others."""
         for step in self.s.steps:
             if step.kind == "store":
-                if not still:
-                    self._store(self.value(step.outs[0]), step.place, pointers[step.place], strides[step.place])
+                k, inner = step.place, self.s.operands[step.place].inner
+                if k in results:
+                    self._store(self.value(step.outs[0]), k, results[k], i64(0), "backward" if inner == "backward" else "forward")
+                elif not still:
+                    self._store(self.value(step.outs[0]), k, pointers[k], strides[k], inner)
                 continue
             if self.s.registers[step.outs[0]][1] == still:
                 continue
@@ -372,15 +401,15 @@ class Writer:
                 at = self.at(at, stride)
         return Vec(dtype, *parts)
 
-    def _store(self, value: Vec, operand: int, pointer: ir.Value, stride: ir.Value) -> None:
+    def _store(self, value: Vec, operand: int, pointer: ir.Value, stride: ir.Value, inner: str) -> None:
         o = self.s.operands[operand]
         dtype = np.dtype(o.dtype)
         value = self.lanes.convert(value, dtype)
         build, lanes = self.builder, self.s.lanes
-        if o.inner == "forward":
-            self.store_lanes(value, pointer, streams=o.streams)
+        if inner == "forward":
+            self.store_lanes(value, pointer, streams=o.streams and operand not in self.s.updated)
             return
-        if o.inner == "backward":
+        if inner == "backward":
             at = self.at(pointer, i64(-(lanes - 1) * dtype.itemsize))
             self.store_lanes(Vec(dtype, *(self.lanes.pick(p, list(reversed(range(lanes)))) for p in value.parts)), at)
             return
@@ -402,7 +431,11 @@ class Writer:
             memory = value.real
         store = build.store(memory, pointer, align=STRIP_ALIGNMENT if streams else 1)
         if streams:
-            store.set_metadata("nontemporal", self.module.add_metadata([i32(1)]))
+            self.stream(store)
+
+    def stream(self, store: ir.Instruction) -> None:
+        """Have a store, which is aligned, go past the caches."""
+        store.set_metadata("nontemporal", self.module.add_metadata([i32(1)]))
 
     def _store_item(self, value: Vec, pointer: ir.Value) -> None:
         build = self.builder
