@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import select
 import threading
 import weakref
 from bisect import bisect_left, bisect_right
@@ -35,6 +37,7 @@ NDArray = np.ndarray[Any, Any]
 
 MOST_CELLS = 1 << 16
 MOST_WRITES_KEPT = 64
+LONGEST_FORK_WAIT_S = 5.0  # for a thread that moves an array
 _identities = itertools.count(1)
 
 
@@ -89,6 +92,16 @@ def _outline(layout: Layout) -> NDArray:
     return np.asarray(_Outline(layout))
 
 
+class _Child:
+    """A process that was forked from this one, and the leases on all that it can read."""
+
+    __slots__ = ("fd", "leases")
+
+    def __init__(self, fd: int, leases: list[_Lease]) -> None:
+        self.fd = fd  # the reading end of a pipe whose other end only the child, and its children, have
+        self.leases = leases
+
+
 class Storage:
     """The bytes of a stored array. C-ordered, ``shape`` and ``dtype`` as they were when it was made."""
 
@@ -111,6 +124,7 @@ class Storage:
         self._writers = 0
         self._mutex = threading.Lock()
         pool.locks.forget_after(self, self.identity)
+        _live.add(self)
 
     @property
     def layout(self) -> Layout:
@@ -198,10 +212,7 @@ class Storage:
         self.check_whole(layout)
         with self._mutex:
             if not self._writers and not self.is_spilled:
-                lease = next(iter(self._leases), None)
-                if lease is None:
-                    lease = _Lease(self.extent, self.pool.arena.start + self.extent.offset)
-                    self._leases.add(lease)
+                lease = self._lease()
                 return np.ndarray(layout.shape, layout.dtype, np.asarray(lease), layout.offset, layout.strides)
         with process_locks().acquire(self.requests(layout, "r")):
             self.check_whole(layout)
@@ -210,8 +221,38 @@ class Storage:
         values.flags.writeable = False
         return values
 
+    def _lease(self) -> _Lease:
+        """Return what keeps the bytes as they are while it lives. Under the mutex, while nobody writes."""
+        lease = next(iter(self._leases), None)
+        if lease is None:
+            lease = _Lease(self.extent, self.pool.arena.start + self.extent.offset)
+            self._leases.add(lease)
+        return lease
+
+    def keep_for_child(self) -> _Lease | None:
+        """Return a lease for a process that is about to be forked; None where the bytes are being written, or lie in a file."""
+        if self.is_spilled or not self._mutex.acquire(timeout=LONGEST_FORK_WAIT_S):
+            return None
+        try:
+            return None if self._writers else self._lease()
+        finally:
+            self._mutex.release()
+
+    def start_anew_in_child(self, *, is_kept: bool) -> None:
+        """In a forked child: the mutex may be held by a thread that is not here; what is not kept may change under its eyes."""
+        self._mutex = threading.Lock()
+        self._writers = 0
+        if not is_kept and not self.is_spilled:
+            why = f"Process {self.pool.pid} was writing it, or had no descriptor left, when this one, {os.getpid()}, was forked from it."
+            self.tear(dict.fromkeys(range(math.prod(self.counts)), why))
+
     def begin_write(self) -> None:
-        """Move the bytes to a new extent when NumPy arrays over them are alive. The caller holds the write locks until `end_write`."""
+        """Move the bytes to a new extent when NumPy arrays over them, or forked processes, can see them.
+
+        The caller holds the write locks until `end_write`.
+        """
+        if len(self._leases):
+            _forget_ended_children()
         with self._mutex:
             if len(self._leases):
                 old, keep = self.array(self.layout), self.extent
@@ -365,3 +406,58 @@ def _cell_starts(shape: tuple[int, ...], chunks: Chunks) -> list[list[int]]:
         sizes = slab_sizes(shape, max(1, -(-math.prod(shape) // (MOST_CELLS // 2))))
         return [[*range(0, n, s), n] if n else [0, 0] for n, s in zip(shape, sizes, strict=True)]
     return [[0, *itertools.accumulate(sizes)] for sizes in chunks]
+
+
+_live: weakref.WeakSet[Storage] = weakref.WeakSet()
+_children: list[_Child] = []  # that may still run; any thread appends, and takes out those that have ended
+_forking = threading.local()  # between the two halves of a fork: the ends of the pipe, and leases by storage
+
+
+def _forget_ended_children() -> None:
+    for child in list(_children):
+        poll = select.poll()
+        poll.register(child.fd, 0)  # the hang-up is told in any case
+        if poll.poll(0):
+            try:
+                _children.remove(child)
+            except ValueError:
+                continue  # another thread was faster
+            os.close(child.fd)
+
+
+def _before_fork() -> None:
+    """Have everything stay as it is for a process that is about to be forked, as private memory would.
+
+    Its mapping of the arena is private, but that keeps only what it writes itself: pages that it has not touched are the parent's,
+    with what is written there later. So a write in this process moves the array first, while the child, or a child of it, lives.
+    """
+    _forget_ended_children()
+    try:
+        ends = os.pipe2(os.O_CLOEXEC)
+    except OSError:
+        return  # no descriptor left: the child is told that nothing was kept
+    found = {storage.identity: storage.keep_for_child() for storage in list(_live) if storage.pool.pid == os.getpid()}
+    _forking.now = *ends, {identity: lease for identity, lease in found.items() if lease is not None}
+
+
+def _after_fork_in_parent() -> None:
+    if (now := _forking.__dict__.pop("now", None)) is not None:
+        reader, writer, leases = now
+        os.close(writer)
+        _children.append(_Child(reader, list(leases.values())))
+
+
+def _after_fork_in_child() -> None:
+    kept: dict[int, _Lease] = {}
+    if (now := _forking.__dict__.pop("now", None)) is not None:
+        reader, _writer, kept = now  # the writer stays open until this process ends
+        os.close(reader)
+    for child in _children:
+        os.close(child.fd)
+    _children.clear()
+    for storage in list(_live):
+        storage.start_anew_in_child(is_kept=storage.identity in kept)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

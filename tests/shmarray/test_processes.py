@@ -300,3 +300,46 @@ def test_an_array_of_a_closed_pool_is_still_readable() -> None:
     np.testing.assert_array_equal((x + 1).compute(), np.arange(6.0) + 1)
     np.testing.assert_array_equal((x + 1).compute(scheduler="processes"), np.arange(6.0) + 1)
     np.testing.assert_array_equal(np.asarray(x), np.arange(6.0))
+
+
+def test_a_forked_child_sees_what_was_there_when_it_was_forked() -> None:
+    run_script(
+        """
+import gc, os, signal, numpy as np, shmarray as sa
+x = sa.zeros((1000, 1000)).persist()
+view = x[:10].compute()
+asked, told = os.pipe(), os.pipe()
+pid = os.fork()
+if pid == 0:
+    os.read(asked[0], 1)  # until the parent has written
+    assert (view == 0).all() and (np.asarray(x) == 0).all() and float(x[5].sum()) == 0
+    os.write(told[1], b"1")
+    os.read(asked[0], 1)
+    assert (view == 0).all() and (np.asarray(x) == 0).all()
+    os._exit(0)
+x += 1
+os.write(asked[1], b"1")
+os.read(told[0], 1)
+del view
+gc.collect()
+others = [sa.full((1000, 1000), k).persist() for k in range(5)]  # would be where x was
+x += 1
+os.write(asked[1], b"1")
+assert os.waitpid(pid, 0)[1] == 0
+place = x._storage.extent
+x += 1
+assert x._storage.extent is place and (np.asarray(x) == 3).all()  # nobody sees it: it stays
+del others
+gc.collect()
+before = x._storage.pool.statistics().live_nbytes
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    x += 1
+assert x._storage.pool.statistics().live_nbytes <= before
+assert len(os.listdir("/proc/self/fd")) < 40
+""",
+        how="-c",
+    )
