@@ -235,6 +235,8 @@ def _owned() -> tuple[set[int], set[int], set[str]]:
             continue
         names |= {"shmarray-loop", "shmarray-driver"}
         fds |= {loop.arena_fd, loop.control_fd, loop._wake_fd, loop.epoll.fileno()}
+        if loop.memory.spill is not None:
+            fds.add(loop.memory.spill.fd)
         for member in list(loop.members.values()):
             children.add(member.process.pid)
             fds |= {member.link.fileno(), member.life.fileno(), member.pidfd, member.capture}
