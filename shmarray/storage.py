@@ -37,6 +37,7 @@ NDArray = np.ndarray[Any, Any]
 
 MOST_CELLS = 1 << 16
 MOST_WRITES_KEPT = 64
+MOST_LAYOUTS_KEPT = 64
 LONGEST_FORK_WAIT_S = 5.0  # for a thread that moves an array
 _identities = itertools.count(1)
 
@@ -118,6 +119,7 @@ class Storage:
         self.forgotten = 0  # writes up to this version are no longer listed
         self.torn: dict[int, str] = {}  # cell -> what happened
         self.cells = _cell_starts(shape, chunks)
+        self._touched: dict[Layout, list[tuple[int, int]]] = {}
         # Both under the mutex. While anybody writes nothing is leased, so that the bytes never move under a writer: a plan
         # on other cells, or an open `Array.lock`, would go on writing the old ones.
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
@@ -375,6 +377,14 @@ class Storage:
 
     def touched_cells(self, layout: Layout) -> list[tuple[int, int]]:
         """Return the ranges of cell numbers that ``layout`` touches, ascending."""
+        found = self._touched.get(layout)  # asked for several times in each run, and by every time step again
+        if found is None:
+            if len(self._touched) >= MOST_LAYOUTS_KEPT:
+                self._touched.clear()
+            found = self._touched[layout] = self._find_cells(layout)
+        return found
+
+    def _find_cells(self, layout: Layout) -> list[tuple[int, int]]:
         if not math.prod(layout.shape):
             return []
         box = self.base_box(layout)
