@@ -320,7 +320,9 @@ class _OfDriver(Remote):
                 if moved <= 0:
                     code = ctypes.get_errno()
                     kind = UnreachableMemory if code in (errno.EPERM, errno.ENOSYS, errno.EACCES) else SharedMemoryError
-                    raise kind(f"{call} of {nbytes} bytes at {start:#x} of process {self.home} failed after {done}: {os.strerror(code)}")
+                    hint = ". If it is a mapped file (np.memmap), that has become shorter: restore it" if code == errno.EFAULT else ""
+                    what = f"{call} of {nbytes} bytes at {start:#x} of process {self.home}"
+                    raise kind(f"{what} failed after {done}: {os.strerror(code)}{hint}.")
                 done += moved
             at += nbytes
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.errors import UnreachableMemory
+from scheduler.errors import SharedMemoryError, UnreachableMemory
 from scheduler.limits import format_bytes
 from scheduler.run import Pool, configure_default, default_pool
 from scheduler.task import Address, Outcome, Plan, Progress, Report
@@ -351,7 +351,13 @@ class _Run:
         assert self.plan is not None
         limit_s = config.task_timeout
         plan = self.plan if limit_s is None else replace(self.plan, task_timeout_s=limit_s)
-        return self.pool.run(plan, self.scheduler or config.scheduler, self.outcome)
+        try:
+            return self.pool.run(plan, self.scheduler or config.scheduler, self.outcome)
+        except SharedMemoryError as error:
+            for node in postorder(n for n, _ in self.pairs):
+                if isinstance(node, InMemory) and node.held.file:
+                    error.add_note(f"reading the mapped file {node.held.file}, of which {node.held.array.nbytes} bytes were mapped")
+            raise
 
     def _damages(self) -> list[Damage]:
         plan = self.plan

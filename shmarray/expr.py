@@ -91,12 +91,26 @@ class Stored(Expr):
 
 
 class Held:
-    """A NumPy array of the user's, known by identity: read where it lies, kept alive as long as it is needed."""
+    """A NumPy array of the user's, known by identity: read where it lies, kept alive as long as it is needed.
 
-    __slots__ = ("__weakref__", "array")
+    ``file``: that of a mapped one (`np.memmap`), which is read from outside alone: where the file has become shorter, a worker that
+    copies gets an error, and whoever touches the memory a SIGBUS.
+    """
+
+    __slots__ = ("__weakref__", "array", "file")
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self.array = array
+        self.file = _mapped_file(array)
+
+
+def _mapped_file(array: Any) -> str:
+    """Return the file that an array is a mapping of; empty for memory."""
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return str(array.filename or "an open file")
+        array = array.base
+    return ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -329,6 +329,7 @@ class _Builder:
             case Stored():
                 return self.of_storage(node.storage, Layout(node.offset, node.shape, node.strides, node.dtype), "r")
             case InMemory():
+                self.isolated |= bool(node.held.file)
                 return self.of_array(node.held.array)
             case View():
                 base = self.operand(node.x)

@@ -197,7 +197,7 @@ class _Form:
             case Stored():
                 return "stored", self._storage(node.storage), node.offset, node.strides
             case InMemory():
-                return "memory", self._slot(node.held.array), node.held.array.strides
+                return "memory", self._slot(node.held.array), node.held.array.strides, bool(node.held.file)
             case Fill():
                 constant = constant_of(node)
                 if constant is not None:

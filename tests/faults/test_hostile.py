@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import cloudpickle
+import numpy as np
 import pytest
 
 import shmarray as sa
@@ -318,3 +319,21 @@ def test_the_configuration_has_a_task_timeout() -> None:
     for bad in (0, -1, "soon", "nan"):
         with pytest.raises(ValueError, match="task_timeout"):
             sa.config.set(task_timeout=bad)
+
+
+def test_a_mapped_file_that_gets_shorter_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "shrinking.dat"
+    for n in (1000, 3_000_000):  # little work is done at once elsewhere, in the process that would be killed by a SIGBUS
+        np.arange(float(n)).tofile(path)
+        mapped = np.memmap(path, float, "r")
+        with sa.Pool(workers=1):
+            x = sa.from_array(mapped[10:])
+            assert float(x.sum().compute()) == sum(range(10, n))
+            os.truncate(path, 4096)
+            if n == 1000:
+                os.truncate(path, 0)
+            with pytest.raises(sa.SharedMemoryError, match="has become shorter") as caught:
+                (x + 1).sum().compute()
+            assert any("shrinking.dat" in note for note in caught.value.__notes__)
+            assert any("part [" in note or "task" in note for note in caught.value.__notes__)
+        del mapped, x
