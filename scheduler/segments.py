@@ -33,7 +33,7 @@ from scheduler.errors import SharedMemoryError, UnreachableMemory
 from scheduler.spill import SpillFile
 from scheduler.task import ARENA, DRIVER, SPILL, Address
 
-__all__ = ["Arena", "Memory", "Remote", "permit_workers"]
+__all__ = ["Arena", "Memory", "Remote", "advise_huge_pages", "permit_workers"]
 
 type_u8 = np.dtype(np.uint8)
 PAGE_NBYTES = mmap.PAGESIZE
@@ -73,6 +73,7 @@ class Arena:
             os.ftruncate(self.fd, self.nbytes)
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_GROW | _F_SEAL_SHRINK | _F_SEAL_SEAL)
         _advise(self.map, "MADV_DONTDUMP")
+        advise_huge_pages(self.map)
         self.bytes = np.frombuffer(self.map, type_u8)
         self.start = int(self.bytes.ctypes.data)
         self.pid = os.getpid()
@@ -120,6 +121,11 @@ def _map_as_much(fd: int, wanted: int) -> tuple[mmap.mmap, int]:
                     f"address space and file size (ulimit -v, ulimit -f)."
                 ) from error
             nbytes = nbytes // 2 // PAGE_NBYTES * PAGE_NBYTES
+
+
+def advise_huge_pages(mapping: mmap.mmap) -> None:
+    """Ask for huge pages in this process's mapping of an arena: heeded where shmem_enabled is "advise"."""
+    _advise(mapping, "MADV_HUGEPAGE")
 
 
 def _advise(mapping: mmap.mmap, name: str) -> None:

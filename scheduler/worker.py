@@ -48,7 +48,7 @@ import numpy as np
 from scheduler import faults
 from scheduler.errors import TaskError
 from scheduler.redo import NOT_BEGUN, SLOT_NBYTES, Redo, pack
-from scheduler.segments import Memory
+from scheduler.segments import Memory, advise_huge_pages
 from scheduler.spill import SpillFile
 from scheduler.task import Address, Layer
 
@@ -485,6 +485,7 @@ def main(arguments: Sequence[str]) -> None:
     process.redo = redo_of(control, words, slots, slot)
     process.move_to(path, directory)
     arena = mmap.mmap(arena_fd, arena_nbytes, flags=mmap.MAP_SHARED)
+    advise_huge_pages(arena)
     os.close(arena_fd)
     spill = None
     if spill_fd >= 0:
