@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scheduler.errors import (
+    AbandonedLockError,
+    HandleExpired,
     LockError,
     MemoryBudgetError,
     PoolClosed,
@@ -20,8 +22,10 @@ from scheduler.errors import (
 )
 
 __all__ = [
+    "AbandonedLockError",
     "ChangedInput",
     "ChunkError",
+    "HandleExpired",
     "LockError",
     "MemoryBudgetError",
     "PartialUpdateError",

@@ -20,7 +20,8 @@ SCHEDULER = """
 __init__ executors.__init__ errors limits
 task
 state segments extents results locks
-redo
+redo ownership
+shared
 worker
 running
 pool
@@ -39,7 +40,8 @@ kernels.llvm.folds kernels.llvm.writer
 kernels.llvm.module
 storage kernels.program
 handle travel
-optimise kernels.numpy fuse
+shared_memory
+shared optimise kernels.numpy fuse
 kernels.reduce kernels.scan kernels.sources passes
 kernels.llvm.kernel
 kernels.llvm.engine
@@ -60,11 +62,11 @@ __init__
 # memory that lies in another process.
 DOORS = {
     "scheduler.task": {
-        "array",
         "compute",
         "explain",
         "partial",
         "plan",
+        "shared_memory",
         "storage",
         "templates",
         "engines",
@@ -78,9 +80,10 @@ DOORS = {
     "scheduler.run": {"__init__", "compute", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "config", "engines", "explain"},
+    "scheduler.limits": {"array", "chunks", "config", "engines", "explain", "shared"},
     "scheduler.segments": {"kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
-    "scheduler.locks": {"array", "storage"},
+    "scheduler.locks": {"shared_memory", "storage"},
+    "scheduler.shared": {"shared", "shared_memory"},
     "scheduler.results": {"plan"},
 }
 
