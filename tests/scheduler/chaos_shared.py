@@ -180,6 +180,8 @@ def main() -> int:
         time.sleep(0.01)  # until handles of the dead expire
     segment.trim()
     left = segment.statistics()
+    for end_of_it in box:
+        end_of_it.close()
     result = dict(zip(NAMES, counts, strict=False)) | {"kills": kills, "left": left["arrays"], "resident": left["resident_nbytes"]}
     print(json.dumps(result))
     return 1 if result["violations"] or left["arrays"] or left["resident_nbytes"] else 0
