@@ -248,12 +248,13 @@ class Segment:
                 self._take_turn()
                 if self.row < 0:
                     self._register()
-                return do()
+                done = do()
             finally:
                 self._inside = False
                 fcntl.lockf(self.lock_fd, fcntl.LOCK_UN, 1, 0)
-                if self._dropped:
-                    self._clear_dropped()
+        if self._dropped:  # after the mutex was left: who was turned away before counts on it
+            self._drain()
+        return done
 
     def _take_turn(self) -> None:
         for _ in range(ATTEMPTS):  # it is held for some 10 us; to sleep, and be woken, can take ten times as long
@@ -347,13 +348,15 @@ class Segment:
     def _drain(self, _: object = None) -> None:
         """Let go of what was dropped, unless somebody is in here, who then does it."""
         mutex = self._mutex
-        if not mutex.acquire(blocking=False):
-            return
-        try:
-            if not self._inside:
+        while self._dropped:  # looked at again after the mutex was left: somebody may have been turned away meanwhile
+            if not mutex.acquire(blocking=False):
+                return
+            try:
+                if self._inside:
+                    return
                 self._clear_dropped()
-        finally:
-            mutex.release()
+            finally:
+                mutex.release()
 
     def _clear_dropped(self) -> None:
         """Clear the bytes of what was dropped; sweep at once when that is much, and the table is free. With the mutex."""
@@ -363,9 +366,9 @@ class Segment:
             refs = self._refs.get(gone.key)
             if refs is not None and refs[0] is gone:  # else it was received again meanwhile
                 nbytes += self.table.extent(gone.key[0])[1]
-                del self._refs[gone.key]
                 if self.row >= 0:
                     self.table.drop(self.row, gone.key[0])
+                del self._refs[gone.key]
             dropped.popleft()
         if nbytes >= EAGER_NBYTES and not self._inside:
             try:

@@ -283,6 +283,19 @@ def test_what_is_dropped_in_the_middle_of_an_operation_is_let_go_after_it(segmen
     assert segment.table.holders(number) == []
 
 
+def test_what_threads_drop_at_once_is_let_go_by_one_of_them(segment: Segment) -> None:
+    for _ in range(30):
+        leases = [[make(nbytes=10)] for _ in range(6)]
+        numbers = [lease[0].number for lease in leases]
+        start = threading.Barrier(6)
+        threads = [threading.Thread(target=lambda mine=mine: (start.wait(), mine.clear())) for mine in leases]  # type: ignore[misc]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [segment.table.holders(number) for number in numbers] == [[]] * 6
+
+
 def test_writers_exclude_each_other_between_processes_and_readers_do_not(segment: Segment) -> None:
     lease = make()
 
