@@ -284,11 +284,16 @@ def test_what_is_dropped_in_the_middle_of_an_operation_is_let_go_after_it(segmen
 
 
 def test_what_threads_drop_at_once_is_let_go_by_one_of_them(segment: Segment) -> None:
+    start = threading.Barrier(6)
+
+    def drop(mine: list[Lease]) -> None:
+        start.wait()
+        mine.clear()
+
     for _ in range(30):
         leases = [[make(nbytes=10)] for _ in range(6)]
         numbers = [lease[0].number for lease in leases]
-        start = threading.Barrier(6)
-        threads = [threading.Thread(target=lambda mine=mine: (start.wait(), mine.clear())) for mine in leases]  # type: ignore[misc]
+        threads = [threading.Thread(target=drop, args=(mine,)) for mine in leases]
         for thread in threads:
             thread.start()
         for thread in threads:
