@@ -1,4 +1,4 @@
-"""Processes that allocate, send, receive, drop, lock and fork at random, and are killed at random. Run by test_shared.py.
+"""Processes that allocate, send, receive, drop, lock and fork at random, and are killed at random. Run by test_shared_segments.py.
 
     python chaos_shared.py SECONDS SEED
 
