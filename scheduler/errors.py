@@ -6,6 +6,8 @@ Relies on nothing. Never put here: anything that formats arrays or knows of expr
 from __future__ import annotations
 
 __all__ = [
+    "AbandonedLockError",
+    "HandleExpired",
     "LockError",
     "MemoryBudgetError",
     "PoolClosed",
@@ -75,6 +77,14 @@ class TaskError(SchedulerError):
 
 class LockError(SchedulerError):
     """A lock was asked for in a way that could only deadlock."""
+
+
+class AbandonedLockError(LockError):
+    """Whoever held a lock to write died without releasing it: what it guards may be half written. Told once, to the next owner."""
+
+
+class HandleExpired(SchedulerError):
+    """A handle of a shared array that was freed: nobody holds it any more, and nobody who lives has sent it."""
 
 
 class TornChunkError(SchedulerError):

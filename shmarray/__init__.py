@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 from numpy import e, euler_gamma, inf, nan, newaxis, pi
 
 from scheduler.run import Pool
+from shmarray import shared
 from shmarray.array import Array, allclose, answer_for, array_equal
 from shmarray.chunks import normalize_chunks
 from shmarray.compute import compute, persist
 from shmarray.config import config
 from shmarray.errors import (
+    AbandonedLockError,
     ChangedInput,
     ChunkError,
+    HandleExpired,
     LockError,
     MemoryBudgetError,
     PartialUpdateError,
@@ -48,9 +51,11 @@ for _module, _private in (
 globals().update(_FAMILIES)
 
 __all__ = [  # noqa: PLE0604  # the families name their own functions
+    "AbandonedLockError",
     "Array",
     "ChangedInput",
     "ChunkError",
+    "HandleExpired",
     "LockError",
     "MemoryBudgetError",
     "Pool",
@@ -76,6 +81,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "persist",
     "pi",
     "random",
+    "shared",
     *sorted(_FAMILIES),
 ]
 

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scheduler.limits import format_bytes
-from scheduler.locks import process_locks
-from scheduler.task import LockRequest
 from shmarray import compute as running
 from shmarray.chunks import Chunks, chunk_box, normalize_chunks
 from shmarray.explain import Explanation, explain
@@ -28,6 +26,7 @@ from shmarray.ops import blocks, creation, elementwise, linalg, reductions, shap
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
 from shmarray.region import broadcast_shape, index_map
+from shmarray.shared_memory import SharedArray, SharedStorage, allocate, stored, view_of_storage
 from shmarray.storage import Layout, Storage
 from shmarray.travel import pack, unpack
 
@@ -227,10 +226,20 @@ class Array(Handle):
 
     __copy__ = copy
 
+    def shared(self) -> SharedArray:
+        """Return the values as a NumPy array of `shmarray.shared`: a view of the same memory where this is over some, else a copy."""
+        if isinstance(self._storage, SharedStorage) and self._layout is not None:
+            return view_of_storage(self._storage, self._layout)
+        array = allocate(self.shape, self.dtype, self.chunks)
+        stored(array)._overwrite(self.node)
+        return array
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Array:
         return self.copy() if self.is_stored else wrap(self.node, self.chunks)
 
     def __reduce__(self) -> Any:
+        if isinstance(self._storage, SharedStorage):
+            return stored, (self.shared(), self.chunks)
         if self._storage is not None:
             return running.new_stored, (np.asarray(self), self.chunks)
         return _rebuild, (pack(self.node), self.chunks)
@@ -350,8 +359,7 @@ class Array(Handle):
         part = self if chunk is None else self[chunk_box(self.chunks, chunk if isinstance(chunk, (tuple, list)) else (chunk,))]
         storage, layout = part._storage, part._layout
         assert storage is not None and layout is not None
-        requests: list[LockRequest] = storage.requests(layout, mode)
-        with process_locks().acquire(requests, timeout=timeout):
+        with storage.hold(layout, mode, timeout):
             torn = [cell for cell in storage.cells_of(layout) if cell in storage.torn]
             if not accept_torn:
                 storage.check_whole(layout)

@@ -33,6 +33,7 @@ from shmarray.handle import Handle, in_memory, wrap_stored
 from shmarray.optimise import substitute
 from shmarray.partial import Damage, damage_of
 from shmarray.plan import Target
+from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
 from shmarray.templates import plan_for
 
@@ -176,12 +177,10 @@ def run(
     homes = {place.pool for place in places if place.is_spilled}
     # Only the workers of its own pool reach a spill file.
     pool = homes.pop() if len(homes) == 1 else pool or current_pool()
-    requests = [request for node in stored for request in node.storage.requests(_where(node), "r")]
-    for _, target in pairs:
-        if target.storage is not None and target.layout is not None:
-            requests.extend(target.storage.requests(target.layout, "w"))
+    uses = [(node.storage, _where(node), "r") for node in stored]
+    uses += [(target.storage, target.layout, "w") for _, target in pairs if target.storage is not None and target.layout is not None]
     # All at once, before looking: no write can come between the check and the run, and nobody waits holding half of them.
-    with pool.locks.acquire(requests) if requests else contextlib.nullcontext():
+    with hold_all(uses) if uses else contextlib.nullcontext():
         _run_locked(pairs, stored, scheduler, pool, line)
 
 
@@ -264,10 +263,9 @@ class _Run:
     def resume(self) -> None:
         """Do what is left; if it still runs, after it has ended."""
         storage, layout = self.written[0]
-        requests = [*storage.requests(layout, "w"), *(r for s, where in self.inputs for r in s.requests(where, "r"))]
         begun = False
         try:
-            with self.pool.locks.acquire(requests):
+            with hold_all([(storage, layout, "w"), *((s, where, "r") for s, where in self.inputs)]):
                 for other, version in self.versions.items():
                     if other.version != version:
                         at = self.line or "an unknown line"

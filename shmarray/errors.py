@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from scheduler.errors import (
+    AbandonedLockError,
+    HandleExpired,
     LockError,
     MemoryBudgetError,
     PoolClosed,
@@ -23,8 +25,10 @@ from scheduler.errors import (
 )
 
 __all__ = [
+    "AbandonedLockError",
     "ChangedInput",
     "ChunkError",
+    "HandleExpired",
     "LockError",
     "MemoryBudgetError",
     "PartialUpdateError",

@@ -106,6 +106,8 @@ class _Child:
 class Storage:
     """The bytes of a stored array. C-ordered, ``shape`` and ``dtype`` as they were when it was made."""
 
+    is_shared = False  # between processes, so that others write it
+
     def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> None:
         self.pool = pool
         self.shape = shape
@@ -216,7 +218,7 @@ class Storage:
             if not self._writers and not self.is_spilled:
                 lease = self._lease()
                 return np.ndarray(layout.shape, layout.dtype, np.asarray(lease), layout.offset, layout.strides)
-        with process_locks().acquire(self.requests(layout, "r")):
+        with self.hold(layout, "r"):
             self.check_whole(layout)
             with self._mutex:
                 values = self.read(layout) if self.is_spilled else self.array(layout).copy()
@@ -334,6 +336,10 @@ class Storage:
     def requests(self, layout: Layout, mode: str) -> list[LockRequest]:
         """Return what to lock to read ("r") or write ("w") ``layout``."""
         return [LockRequest(self.identity, start, stop, mode) for start, stop in self.touched_cells(layout)]
+
+    def hold(self, layout: Layout, mode: str, timeout: float | None = None) -> Any:
+        """Return a lock of ``layout``, to read or to write, that is held already; a context manager."""
+        return process_locks().acquire(self.requests(layout, mode), timeout=timeout)
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ SCHEDULER = """
 __init__ executors.__init__ errors faults limits
 task spill
 state segments extents results locks watch
-redo
+redo ownership
+shared
 worker
 running
 pool
@@ -40,7 +41,8 @@ kernels.llvm.updates
 kernels.llvm.module
 storage kernels.program
 handle travel
-optimise kernels.numpy fuse
+shared_memory
+shared optimise kernels.numpy fuse
 kernels.reduce kernels.scan kernels.sources passes
 kernels.llvm.kernel
 kernels.llvm.engine
@@ -62,12 +64,12 @@ __main__
 # memory that lies in another process, and what makes updates happen once.
 DOORS = {
     "scheduler.task": {
-        "array",
         "compute",
         "doctor",
         "explain",
         "partial",
         "plan",
+        "shared_memory",
         "storage",
         "templates",
         "engines",
@@ -82,9 +84,10 @@ DOORS = {
     "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "storage"},
+    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},
     "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
-    "scheduler.locks": {"array", "storage"},
+    "scheduler.locks": {"shared_memory", "storage"},
+    "scheduler.shared": {"shared", "shared_memory"},
     "scheduler.results": {"plan"},
 }
 

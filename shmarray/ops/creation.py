@@ -20,6 +20,7 @@ from shmarray.handle import Handle, as_handle, as_node, in_memory, refuse_masked
 from shmarray.ops.elementwise import cast
 from shmarray.ops.shaping import broadcast_to, stack
 from shmarray.region import Box, IndexMap
+from shmarray.shared_memory import SharedArray, lease_of, stored
 
 __all__ = [
     "arange",
@@ -304,12 +305,15 @@ def asarray(a: Any, dtype: Any = None, *, chunks: Any = None, copy: bool | None 
     """Return an array over ``a`` without copying it: NumPy arrays are read where they lie, when they are computed.
 
     ``a`` may be an array of this library (returned itself, unless dtype or chunks differ), a NumPy array, a list, or anything with
-    ``shape``, ``dtype`` and slicing. Raises TypeError for what is no array of numbers.
+    ``shape``, ``dtype`` and slicing. Of an array of `shmarray.shared` it is a stored array over the same memory, where writes go.
+    Raises TypeError for what is no array of numbers.
     """
     if copy:
         return array(a, dtype=dtype, chunks=chunks)
     if isinstance(a, Handle):
         x: Any = a
+    elif isinstance(a, SharedArray) and lease_of(a) is not None:
+        x = stored(a, chunks)
     elif not isinstance(a, (np.ndarray, np.generic)) and _is_source(a):
         x = from_array(a, "auto" if chunks is None else chunks)
     else:

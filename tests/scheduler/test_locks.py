@@ -865,3 +865,41 @@ def test_an_owner_that_goes_has_its_bytes_forgotten_quietly_even_while_held(lock
     hold.release()
     assert locks.base(12) == bases[1]
     locks.check()
+
+
+class Crowd:
+    """What processes tell each other, in one process."""
+
+    def __init__(self) -> None:
+        self.waits: list[bool] = []
+        self.says = False
+
+    def anybody_waits(self) -> bool:
+        return self.says
+
+    def say_waits(self, waits: bool) -> None:
+        self.waits.append(waits)
+
+
+@pytest.mark.parametrize("somebody_waits, told", [(False, []), (True, [True, False])])
+def test_free_bytes_are_taken_past_the_turnstile_unless_somebody_waits(somebody_waits: bool, told: list[bool]) -> None:
+    crowd = Crowd()
+    locks = CellLocks(crowd=crowd)
+    locks.place(7, 0)
+    crowd.says = somebody_waits
+
+    with locks.acquire(cells(0, 4, "w"), os_lock=True):
+        assert crowd.waits == told
+    locks.check()
+
+
+def test_work_done_briefly_needs_a_cell_that_nobody_holds() -> None:
+    locks = CellLocks()
+    locks.place(7, 0)
+
+    assert locks.briefly(7, 3, lambda: "done") == "done"
+    with locks.acquire(cells(3, 4, "r"), os_lock=True), pytest.raises(BlockingIOError):
+        locks.briefly(7, 3, lambda: "done")
+    with pytest.raises(ZeroDivisionError):
+        locks.briefly(7, 3, lambda: 1 // 0)
+    assert locks.briefly(7, 3, lambda: "done") == "done"
