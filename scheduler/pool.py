@@ -752,7 +752,7 @@ class _Loop:
             redo = self.redos[member.slot]
             task = unpack(self.words[at])[0]
             faults.point("repair")
-            found = task, settled(redo, self.memory)
+            found = task, settled(redo, self.memory, task, 0)
             faults.point("repaired")
         for plan_id in {plan_id for _, plan_id, _ in queued}:
             self.tickets[plan_id].deaths += 1

@@ -159,22 +159,29 @@ class Pool:
 
     # -- memory
 
-    def allocate(self, nbytes: int) -> Extent:
+    def allocate(self, nbytes: int, *, may_spill: bool = True) -> Extent:
         """Return an extent for an array that is to stay: in the arena, or in the spill file when that would exceed the budget.
 
-        Raises MemoryBudgetError when it would and there is no spilling, SpillError when the disk is full.
+        Raises MemoryBudgetError when it would and there is no spilling (``may_spill`` False: when it would), SpillError when the
+        disk is full.
         """
         self._require_open()
+        self._drain_spill()
         limit = self.budget.limit_nbytes
         room = limit - limit // RESERVED_SHARE
         live = self.extents.statistics().live_nbytes
         if live + nbytes > room:
             gc.collect()  # arrays in reference cycles are dead, but not yet gone
             live = self.extents.statistics().live_nbytes
-            if not self.can_spill():
+            if not (may_spill and self.can_spill()):
                 room = limit
         if live + nbytes <= room:
             return self._take(nbytes)
+        if not may_spill:
+            raise MemoryBudgetError(
+                f"allocating {format_bytes(nbytes)} that must lie in memory: {format_bytes(live)} of the {format_bytes(limit)} memory "
+                f"limit are in use. Delete stored arrays, or NumPy arrays that compute() gave of them, and try again."
+            )
         if self.can_spill():
             return self.allocate_spilled(nbytes)
         raise MemoryBudgetError(
@@ -182,6 +189,11 @@ class Pool:
             f"can be spilled: {self._why_no_spill}. Delete stored arrays, persist smaller pieces, raise memory_limit, or set "
             f"spill_directory to a directory on a disk."
         )
+
+    def _drain_spill(self) -> None:
+        """Give the disk back what was spilled and is no more: only a call of ours finds out."""
+        if self._spill_extents is not None:
+            self._spill_extents.drain()
 
     def can_spill(self) -> bool:
         """Return whether there is a spill file; make it on first need."""
@@ -316,6 +328,7 @@ class Pool:
 
     def leave(self, room: Room) -> None:
         """Give back what `admit` reserved; calling it again does nothing."""
+        self._drain_spill()
         with self._mutex:
             room.nbytes = 0
             self._rooms = [ref for ref in self._rooms if (there := ref()) is not None and there.nbytes]

@@ -255,7 +255,8 @@ class Lane:
         except BaseException as error:
             told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)
             try:
-                return RangeFailed(command.worker, command.run_id, task, told, is_bound, settled(self.redo, self.memory))
+                step = settled(self.redo, self.memory, task, command.step if task == command.start else 0)
+                return RangeFailed(command.worker, command.run_id, task, told, is_bound, step)
             finally:
                 del told  # its traceback holds this frame: in a circle they would keep the plan's arrays until a collection
         self.done.append(command)
@@ -270,7 +271,8 @@ class Lane:
         unfinished = []
         command = self.command
         if command is not None and command not in self.done and self.redo.words[0] != NOT_BEGUN:
-            task, step = unpack(self.redo.words[0])[0], settled(self.redo, self.memory)
+            task = unpack(self.redo.words[0])[0]
+            step = settled(self.redo, self.memory, task, 0)
             if task > command.start:
                 finished.add((command.layer, command.start, task))
             if plan.layers[command.layer].in_place and step >= 0:

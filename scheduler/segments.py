@@ -77,6 +77,7 @@ class Arena:
         self.bytes = np.frombuffer(self.map, type_u8)
         self.start = int(self.bytes.ctypes.data)
         self.pid = os.getpid()
+        self.is_private = False  # True in a forked child
         _live_arenas.add(self)
 
     @property
@@ -143,7 +144,8 @@ def _make_arenas_private() -> None:
     Without this a child that writes an inherited array changes the parent's, and sees what a recycled extent holds next.
     """
     for arena in list(_live_arenas):
-        if arena.fd >= 0:
+        if arena.fd >= 0 and not arena.is_private:
+            arena.is_private = True  # once: a child of this child has its pages as it has other memory
             _libc.mmap.restype = ctypes.c_void_p
             _libc.mmap(
                 ctypes.c_void_p(arena.start),

@@ -333,7 +333,8 @@ class _Process:
             self.leave()
         faults.point("reply")
         if failed is not None:
-            self.send(("failed", run_id, failed[0], settled(redo, self.memory), not is_binding, *_luggage(failed[1]), told))
+            left_at = settled(redo, self.memory, failed[0], step if failed[0] == start else 0)
+            self.send(("failed", run_id, failed[0], left_at, not is_binding, *_luggage(failed[1]), told))
         elif task < stop:
             self.send(("stopped", run_id, task, told))
         else:
@@ -367,12 +368,15 @@ class _Process:
         return function, warned
 
 
-def settled(redo: Redo, memory: Memory) -> int:
-    """Return the first step of a lane's task that is still to do, after an exception in it; -1: its target is torn."""
+def settled(redo: Redo, memory: Memory, task: int, step: int) -> int:
+    """Return the first step of a lane's task that is still to do, after an exception in it; -1: its target is torn.
+
+    ``step``: with which it was to begin, should it not have.
+    """
     while True:
         try:
             found = redo.settle(memory)
-            return 0 if found is None else found[1]
+            return step if found is None or found[0] != task else found[1]
         except KeyboardInterrupt:
             continue  # it was told already: once more, for what is settled halfway is torn
         except Exception:

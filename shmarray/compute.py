@@ -217,7 +217,7 @@ class _Run:
         try:
             try:
                 for storage, layout in self.written:
-                    storage.begin_write()
+                    storage.begin_write(stays=self.plan is not None and not storage.is_spilled)
                     begun.append((storage, layout))
                 report = self._first_run() if self.plan is None else self._rest()
                 told = self.line
@@ -263,24 +263,19 @@ class _Run:
     def resume(self) -> None:
         """Do what is left; if it still runs, after it has ended."""
         storage, layout = self.written[0]
-        begun = False
-        try:
-            with hold_all([(storage, layout, "w"), *((s, where, "r") for s, where in self.inputs)]):
-                for other, version in self.versions.items():
-                    if other.version != version:
-                        at = self.line or "an unknown line"
-                        raise ChangedInput(
-                            f"resuming the update of the stored array of shape {storage.shape} at {at}: the stored array of shape "
-                            f"{other.shape} was written at {other.writes[-1][1] or 'an unknown line'} after the update was cut short. "
-                            f"Write the torn chunks anew: what was to be done can no longer be told from what was done since."
-                        )
-                begun = True
-                _warn(self.run())
-        except BaseException:
+        with hold_all([(storage, layout, "w"), *((s, where, "r") for s, where in self.inputs)]):
+            for other, version in self.versions.items():
+                if other.version != version:
+                    at = self.line or "an unknown line"
+                    raise ChangedInput(
+                        f"resuming the update of the stored array of shape {storage.shape} at {at}: the stored array of shape "
+                        f"{other.shape} was written at {other.writes[-1][1] or 'an unknown line'} after the update was cut short. "
+                        f"Write the torn chunks anew: what was to be done can no longer be told from what was done since."
+                    )
             error = self.error() if self.error is not None else None
-            if not begun and error is not None:
-                error._finish = self.resume  # it can be tried again
-            raise
+            if error is not None:
+                error._finish = None  # until here it can be tried again
+            _warn(self.run())
 
     def _first_run(self) -> Report:
         pool = self.pool
@@ -333,6 +328,8 @@ class _Run:
         assert plan is not None
         if outcome.finished:
             return Report()
+        if outcome.began and outcome.progress is None:  # it has ended: we have its locks
+            raise RuntimeError("what this update had done when it was cut short is not known; write the torn chunks anew.")
         places = [storage.address(self.pool) for storage, _ in self.written]
         moved = {old: new for old, (new, _) in zip(self.addresses, places, strict=True)}
         buffers = tuple(replace(b, address=moved.get(b.address, b.address)) if b.address else b for b in plan.buffers)
@@ -341,9 +338,10 @@ class _Run:
         return self._run_plan()
 
     def _use(self, plan: Plan) -> None:
-        self.plan = plan
-        self.outcome = Outcome()
+        # The plan last: from then on the others are looked at, whenever Ctrl-C comes.
         self.addresses = [storage.address(self.pool)[0] for storage, _ in self.written]
+        self.outcome = Outcome()
+        self.plan = plan
 
     def _run_plan(self) -> Report:
         assert self.plan is not None
@@ -410,6 +408,7 @@ def _check_inputs(stored: Iterable[Stored], readers: dict[Expr, Expr]) -> None:
     for node in stored:
         layout = _where(node)
         node.storage.check_whole(layout)
+        node.storage.save_windows()
         if node.version is not None:
             line = node.storage.changed_since(node.version, layout)
             if line is not None:

@@ -30,6 +30,7 @@ import psutil
 from scheduler.limits import DEFAULT_SHARE, available_nbytes, cpu_count, format_bytes
 from scheduler.run import Pool
 from scheduler.segments import permit_workers
+from scheduler.spill import OFF, default_directory
 from scheduler.task import Context, Layer, Plan
 from scheduler.worker import tie
 from shmarray.config import config
@@ -295,7 +296,9 @@ def _cpus() -> _Found:
 
 
 def _spill() -> _Found:
-    directory = config.spill_directory or tempfile.gettempdir()
+    if config.spill_directory == OFF:
+        return OK, "switched off"
+    directory = config.spill_directory or default_directory() or tempfile.gettempdir()
     with tempfile.TemporaryFile(dir=directory) as file:  # without a name, where the file system can
         os.posix_fallocate(file.fileno(), 0, 1 << 20)
         os.pwrite(file.fileno(), b"x", 1 << 19)

@@ -70,7 +70,7 @@ class PartialUpdateError(BaseException):
         counts as a write, so that an update inside is resumed inside. RuntimeError when it was resumed before, or cannot be; the same
         error as before, with what is done by then, when its cause is still there.
         """
-        finish, self._finish = self._finish, None
+        finish = self._finish  # which takes itself away when it begins
         if finish is None:
             raise RuntimeError("this update cannot be resumed (any more): it was resumed before, or what it had done is not known.")
         finish()

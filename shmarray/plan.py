@@ -1070,7 +1070,7 @@ def _nature(node: Expr) -> str:
 
 def _memory_base(node: Expr) -> Expr:
     """Return the node that must get memory so that ``node`` can be read as an array."""
-    while isinstance(node, (View, Reshape)) and not is_leaf(node.x):
+    while isinstance(node, Reshape) or (isinstance(node, View) and not is_leaf(node.x)):
         node = node.x
     return node
 

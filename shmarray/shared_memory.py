@@ -240,6 +240,7 @@ class SharedStorage(Storage):
         self._writers = 0
         self._mutex = threading.Lock()
         self._touched = {}
+        self._windows = []
 
     @property
     def is_spilled(self) -> bool:
@@ -265,7 +266,7 @@ class SharedStorage(Storage):
         values.flags.writeable = False
         return values
 
-    def begin_write(self) -> None:
+    def begin_write(self, *, stays: bool = False) -> None:
         with self._mutex:
             self._writers += 1
 

@@ -113,6 +113,7 @@ class Storage:
         self.shape = shape
         self.dtype = dtype
         self.nbytes = max(1, math.prod(shape) * dtype.itemsize)
+        _forget_ended_children()  # for what was kept for them
         self.extent = pool.allocate(self.nbytes)
         self.identity = next(_identities)
         self.version = 0
@@ -122,6 +123,8 @@ class Storage:
         self.torn: dict[int, str] = {}  # cell -> what happened
         self.cells = _cell_starts(shape, chunks)
         self._touched: dict[Layout, list[tuple[int, int]]] = {}
+        # Copies that `window` gave of the spill file, and who has them: (thread, where, values, extent).
+        self._windows: list[tuple[int, Layout, NDArray, Any]] = []
         # Both under the mutex. While anybody writes nothing is leased, so that the bytes never move under a writer: a plan
         # on other cells, or an open `Array.lock`, would go on writing the old ones.
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
@@ -195,17 +198,34 @@ class Storage:
                 return self.array(layout), self.extent
             if any(n > 1 and stride == 0 for n, stride in zip(layout.shape, layout.strides, strict=True)):
                 raise ValueError(f"shape {layout.shape} is a broadcast, whose elements share memory, of an array in the spill file")
-            return np.array(self.read(layout)), self.extent
+            self.save_windows()
+            values = np.array(self.read(layout))
+            self._windows.append((threading.get_ident(), layout, values, self.extent))
+            return values, self.extent
 
     def put_back(self, layout: Layout, values: NDArray, held: Any) -> None:
         """Write what `window` gave back to where it is from, if that is spilled. A write that fails leaves its cells torn."""
         if held.address.segment != SPILL:
             return
+        self._windows = [window for window in self._windows if window[2] is not values]
         try:
-            self._remote(layout, held).write(values)
+            if values.flags.writeable:
+                self._remote(layout, held).write(values)
+                self._load_windows()
         except BaseException as error:
             self.tear(dict.fromkeys(self.cells_of(layout), f"Writing a locked part back to the spill file failed ({error})."))
             raise
+
+    def save_windows(self) -> None:
+        """Write what this thread has open of the spill file: who holds a lock may use the array, and sees what is there."""
+        for thread, layout, values, held in list(self._windows):
+            if thread == threading.get_ident() and values.flags.writeable:
+                self._remote(layout, held).write(values)
+
+    def _load_windows(self) -> None:
+        for thread, layout, values, held in list(self._windows):
+            if thread == threading.get_ident() and values.flags.writeable:
+                np.copyto(values, self._remote(layout, held).read())
 
     def lend(self, layout: Layout) -> NDArray:
         """Return a read-only array over the bytes, whose values stay what they are now: a later write moves the bytes first.
@@ -214,6 +234,7 @@ class Storage:
         of what is spilled.
         """
         self.check_whole(layout)
+        self.save_windows()
         with self._mutex:
             if not self._writers and not self.is_spilled:
                 lease = self._lease()
@@ -250,17 +271,18 @@ class Storage:
             why = f"Process {self.pool.pid} was writing it, or had no descriptor left, when this one, {os.getpid()}, was forked from it."
             self.tear(dict.fromkeys(range(math.prod(self.counts)), why))
 
-    def begin_write(self) -> None:
+    def begin_write(self, *, stays: bool = False) -> None:
         """Move the bytes to a new extent when NumPy arrays over them, or forked processes, can see them.
 
-        The caller holds the write locks until `end_write`.
+        The caller holds the write locks until `end_write`. ``stays``: in memory, as the kernels of a plan that goes on expect;
+        MemoryBudgetError where there is too little.
         """
-        if len(self._leases):
-            _forget_ended_children()
+        _forget_ended_children()
+        self.save_windows()
         with self._mutex:
             if len(self._leases):
                 old, keep = self.array(self.layout), self.extent
-                self.extent = self.pool.allocate(self.nbytes)
+                self.extent = self.pool.allocate(self.nbytes, may_spill=not stays)
                 try:
                     self.fill(self.layout, old)
                 except BaseException:
@@ -272,6 +294,7 @@ class Storage:
 
     def end_write(self, layout: Layout, line: str | None) -> None:
         """Note that ``layout`` was written at the user's line; None: it was not, after all."""
+        self._load_windows()
         with self._mutex:
             self._writers -= 1
             if line is None:
@@ -426,7 +449,7 @@ def _cell_starts(shape: tuple[int, ...], chunks: Chunks) -> list[list[int]]:
 
 _live: weakref.WeakSet[Storage] = weakref.WeakSet()
 _children: list[_Child] = []  # that may still run; any thread appends, and takes out those that have ended
-_forking = threading.local()  # between the two halves of a fork: the ends of the pipe, and leases by storage
+_forking = threading.local()  # between the two halves of a fork: the ends of the pipe, and by storage what keeps it for the child
 
 
 def _forget_ended_children() -> None:
@@ -452,19 +475,24 @@ def _before_fork() -> None:
         ends = os.pipe2(os.O_CLOEXEC)
     except OSError:
         return  # no descriptor left: the child is told that nothing was kept
-    found = {storage.identity: storage.keep_for_child() for storage in list(_live) if storage.pool.pid == os.getpid()}
-    _forking.now = *ends, {identity: lease for identity, lease in found.items() if lease is not None}
+    found: dict[int, _Lease | None] = {}
+    for storage in list(_live):
+        # What this process has from its own parent is private already, and of the child from now on.
+        lease = storage.keep_for_child() if storage.pool.pid == os.getpid() else None
+        if lease is not None or storage.pool.pid != os.getpid():
+            found[storage.identity] = lease
+    _forking.now = *ends, found
 
 
 def _after_fork_in_parent() -> None:
     if (now := _forking.__dict__.pop("now", None)) is not None:
         reader, writer, leases = now
         os.close(writer)
-        _children.append(_Child(reader, list(leases.values())))
+        _children.append(_Child(reader, [lease for lease in leases.values() if lease is not None]))
 
 
 def _after_fork_in_child() -> None:
-    kept: dict[int, _Lease] = {}
+    kept: dict[int, _Lease | None] = {}
     if (now := _forking.__dict__.pop("now", None)) is not None:
         reader, _writer, kept = now  # the writer stays open until this process ends
         os.close(reader)

@@ -88,6 +88,7 @@ DOORS = {
     "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"shared_memory", "storage"},
     "scheduler.shared": {"shared", "shared_memory"},
+    "scheduler.spill": {"doctor"},
     "scheduler.results": {"plan"},
 }
 

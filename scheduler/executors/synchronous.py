@@ -5,6 +5,7 @@ Promises: plain tracebacks through the user's function, no threads, nothing pick
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 
 from scheduler.running import Host, Lane, Running, raise_failure
@@ -61,10 +62,15 @@ def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
                     del commands, command
             events.append(lane.run(running, ranges.popleft(), interruptible=True))
     except BaseException as error:  # Ctrl-C may strike anywhere here, also in the state machine: the lane knows what was done
-        if failure is None and not is_done:
-            failure = lane.account(running, error)
+        while failure is None and not is_done:
+            with contextlib.suppress(KeyboardInterrupt):  # a second one: the first is told already
+                failure = lane.account(running, error)
         raise
     finally:
-        running.close(failure, is_done=is_done)
+        is_closed = False
+        while not is_closed:
+            with contextlib.suppress(KeyboardInterrupt):
+                running.close(failure, is_done=is_done)
+                is_closed = True
         lane.redo.close()
         del failure  # no circle with the traceback

@@ -110,7 +110,6 @@ def test_workers_that_cannot_start_are_missing_with_the_reason(monkeypatch: pyte
     monkeypatch.setattr(sys, "executable", str(fake))
     found = named("worker process")
     assert found.state == "missing" and "no such luck" in found.value
-    assert named("life socket").state == "missing"  # it ended by itself
 
 
 def test_memory_that_cannot_be_reached_is_degraded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ import pytest
 
 import shmarray as sa
 from scheduler.redo import Redo
-from scheduler.running import Lane
+from scheduler.running import Lane, Running
 from shmarray import plan
 from shmarray.engines import plain_kernel
 from shmarray.errors import cut_short
+from shmarray.storage import Storage
 
 UPDATES: dict[str, Callable[[sa.Array, sa.Array], None]] = {
     "all": lambda x, y: np.add(x, y, out=x),
@@ -372,13 +374,47 @@ def test_an_update_that_was_left_running_is_waited_for_by_the_next_write_and_by_
             assert (np.asarray(x) == (7 if what == "write" else 1)).all()
 
 
-def test_a_second_ctrl_c_while_the_first_is_accounted_for_leaves_no_half_done_chunk_unmarked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with sa.Pool(workers=0), sa.config.set(engine="numpy"):
+@pytest.mark.parametrize("engine", ["numpy", "llvm"])
+@pytest.mark.parametrize(
+    ("where", "number"), [((Lane, "run"), 2), ((Redo, "begin"), 1), ((Redo, "begin"), 3), ((Storage, "address"), 2), ((Running, "open"), 1)]
+)
+def test_ctrl_c_in_the_bookkeeping_of_an_update_and_a_second_while_it_is_accounted_for(
+    engine: str, where: tuple[type, str], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "llvm":
+        pytest.importorskip("llvmlite")
+    with sa.Pool(workers=0), sa.config.set(engine=engine):
         x = sa.zeros((4000, 1000), chunks=(100, 1000)).persist()
         with monkeypatch.context() as patch:
-            patch.setattr(Lane, "run", interrupted_at(Lane.run, 2))
+            patch.setattr(*where, interrupted_at(getattr(*where), number))
             patch.setattr(Lane, "account", interrupted_at(Lane.account, 1))
-            with pytest.raises(KeyboardInterrupt):
+            patch.setattr(Running, "close", interrupted_at(Running.close, 1))
+            with pytest.raises(KeyboardInterrupt) as caught:
                 x += 1
-        with pytest.raises(sa.TornChunkError):
-            np.asarray(x)
+        if isinstance(caught.value, sa.PartialUpdateError):
+            caught.value.resume()
+            assert (np.asarray(x) == 1).all()
+        else:
+            assert (np.asarray(x) == 0).all()
+
+
+@pytest.mark.parametrize("engine", ["numpy", "llvm"])
+def test_a_target_that_had_to_move_is_resumed_in_memory_or_not_at_all(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine == "llvm":
+        pytest.importorskip("llvmlite")
+    with sa.Pool(workers=0, memory_limit="40MiB", spill_directory=str(tmp_path)), sa.config.set(engine=engine):
+        x = sa.zeros((2000, 1000), chunks=(100, 1000)).persist()
+        other = sa.ones((2000, 1000)).persist()
+        assert not x._storage.is_spilled and not other._storage.is_spilled
+        with monkeypatch.context() as patch:
+            patch.setattr(Redo, "begin", interrupted_at(Redo.begin, 3))
+            with pytest.raises(sa.PartialUpdateError) as caught:
+                x += 1
+        view = x[1900:].compute()  # what the resumed update must leave as it is: the target has to move
+        with pytest.raises(sa.MemoryBudgetError, match="must lie in memory") as again:
+            caught.value.resume()
+        del other
+        gc.collect()
+        assert isinstance(again.value, sa.PartialUpdateError)
+        again.value.resume()
+        assert (np.asarray(x) == 1).all() and (view == 0).all()

@@ -346,3 +346,31 @@ def test_a_full_disk_fails_before_anything_is_written(
         x[1:] = x[:-1]  # the temporary
     monkeypatch.undo()
     same(x, values)
+
+
+def test_who_holds_a_chunk_of_the_file_may_use_the_array(small: sa.Pool) -> None:
+    x = sa.zeros(SHAPE, chunks=(256, 1024)).persist()
+    x[...] = sa.random.default_rng(1).random(SHAPE) * 0
+    assert x._storage is not None and x._storage.is_spilled
+    with x.lock((1, 0), "w") as chunk:
+        chunk[...] = 9
+        assert float(x[256:512].min().compute()) == 9
+        x[256:512] += 1
+        assert (chunk == 10).all()
+        with x.lock((1, 0), "w") as inner:
+            assert (inner == 10).all()
+            inner[0, 0] = 1
+        assert chunk[0, 0] == 1
+        chunk[0, 1] = 2
+        assert np.asarray(x[256, :2]).tolist() == [1, 2]
+    assert np.asarray(x[256, :3]).tolist() == [1, 2, 10] and float(x[:256].max().compute()) == 0
+
+
+def test_what_is_deleted_leaves_the_disk_with_the_next_allocation(small: sa.Pool) -> None:
+    x = sa.zeros(SHAPE).persist()
+    x[...] = 1.0
+    del x
+    gc.collect()
+    kept = sa.array(np.ones(1000))
+    assert small.memory.spill is not None and small.memory.spill.resident_nbytes() < MIB
+    assert float(kept.sum().compute()) == 1000

@@ -169,3 +169,11 @@ def test_vecdot_takes_an_axis() -> None:
     a, b = np.arange(12.0).reshape(3, 4), np.arange(12.0).reshape(3, 4) + 1
 
     np.testing.assert_allclose(sa.vecdot(sa.array(a), b, axis=0).compute(), np.vecdot(a, b, axis=0))
+
+
+def test_products_with_constants_along_a_long_axis() -> None:
+    n = 1 << 17
+    a = np.random.default_rng(1).random((4, n))
+    x = sa.array(a)
+    np.testing.assert_allclose((x @ sa.ones((n, 4))).compute(), a @ np.ones((n, 4)))
+    np.testing.assert_allclose((sa.ones((3, n)) @ sa.full((n, 2), 2.0)).compute(), np.full((3, 2), 2.0 * n))

@@ -343,3 +343,43 @@ assert len(os.listdir("/proc/self/fd")) < 40
 """,
         how="-c",
     )
+
+
+def test_a_child_of_a_child_has_what_its_parent_had() -> None:
+    run_script(
+        """
+import os, numpy as np, shmarray as sa
+x = sa.zeros((1000, 1000)).persist()
+pid = os.fork()
+if pid == 0:
+    with x.lock() as values:
+        values[0, 0] = 5
+    pid = os.fork()
+    if pid == 0:
+        assert x[0, 0].compute() == 5 and (np.asarray(x[1:]) == 0).all()
+        os._exit(0)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+assert os.waitpid(pid, 0)[1] == 0
+assert (np.asarray(x) == 0).all()
+""",
+        how="-c",
+    )
+
+
+def test_memory_kept_for_a_child_is_there_again_when_it_has_ended() -> None:
+    run_script(
+        """
+import gc, os, shmarray as sa
+with sa.Pool(workers=0, memory_limit="64MiB", spill_directory="off"):
+    x = sa.zeros((5000, 1000)).persist()
+    x += 1
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    del x
+    gc.collect()
+    y = sa.ones((5000, 1000)).persist()
+""",
+        how="-c",
+    )
