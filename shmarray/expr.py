@@ -259,8 +259,16 @@ class BlockOperation:
         """Fill ``out``, the box ``at`` of the output."""
         raise NotImplementedError
 
+    def rounds(self, at: Box) -> Iterator[tuple[Box, ...]]:
+        """Yield the boxes that ``run`` is given, and then, one after the other, ``add``. If not said otherwise all at once."""
+        yield self.needs(at)
+
+    def add(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
+        """Go on with ``out``, which holds what the rounds before came to."""
+        raise NotImplementedError
+
     def scratch(self, at: Box) -> int:
-        """Return the bytes of temporaries ``run`` needs for ``at``."""
+        """Return the bytes of temporaries a round needs for ``at``."""
         return 0
 
     def cost(self, at: Box) -> int:

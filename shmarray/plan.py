@@ -1011,7 +1011,7 @@ def _copies_nbytes(draft: _LayerDraft, is_spilled: Callable[[int], bool]) -> int
 
 
 def _inputs_nbytes(source: BlockSource, box: Box, is_spilled: Callable[[int], bool]) -> int:
-    boxes = source.operation.needs(box)
+    boxes = next(source.operation.rounds(box))
     return sum(
         _items(needed) * program.operands[0].dtype.itemsize
         for program, result, needed in zip(source.inputs, source.results, boxes, strict=True)

@@ -84,7 +84,7 @@ class BlockSource:
 
     def scratch(self, sizes: tuple[int, ...]) -> int:
         first = tuple(slice(axis[0], axis[1]) for axis in self.edges)
-        needs = self.operation.needs(first)
+        needs = next(self.operation.rounds(first))
         inner = sum(p.scratch(tuple(s.stop - s.start for s in box)) for p, box in zip(self.inputs, needs, strict=True))
         return self.operation.scratch(first) + inner
 
@@ -93,9 +93,12 @@ class BlockSource:
         readers = [_reader(program, result, context) for program, result in zip(self.inputs, self.results, strict=True)]
 
         def fill(out: NDArray, at: Box) -> None:
-            values = tuple([read(box) for read, box in zip(readers, operation.needs(at), strict=True)])
+            step = operation.run
             try:
-                operation.run(out, values, at)
+                for needs in operation.rounds(at):
+                    values = tuple([read(box) for read, box in zip(readers, needs, strict=True)])
+                    step(out, values, at)
+                    step = operation.add
             except Exception as error:  # the layer's name, line and task may be those of what is made of this
                 _note(error, f"in {self.label(at)} of {operation.name!r}", self.line)
                 raise

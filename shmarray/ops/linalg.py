@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from shmarray.region import Box, broadcast_shape
 __all__ = ["dot", "inner", "matmul", "matvec", "outer", "tensordot", "vdot", "vecdot", "vecmat"]
 
 EDGE_ITEMS = 512  # rows and columns of a tile: large enough for BLAS, small enough for many tasks
+DEPTH_ITEMS = 1 << 10  # of the summed axis at once
 SPLIT_ITEMS = 1 << 16  # of the summed axis, where the result is small and that axis long
 FEW_TILES = 8
 
@@ -90,6 +92,17 @@ class _MatMul(BlockOperation):
         whole = slice(0, self.a[-1])
         return (*_batch(at, self.a), at[-2], whole), (*_batch(at, self.b), whole, at[-1])
 
+    def rounds(self, at: Box) -> Iterator[tuple[Box, ...]]:
+        """Yield pieces of the two panels: a product of large matrices needs memory for a piece, not for all of the summed axis."""
+        for low in range(0, self.a[-1], DEPTH_ITEMS):
+            piece = slice(low, min(low + DEPTH_ITEMS, self.a[-1]))
+            yield (*_batch(at, self.a), at[-2], piece), (*_batch(at, self.b), piece, at[-1])
+
+    def add(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
+        more = np.empty(out.shape, out.dtype)
+        self.run(more, inputs, at)
+        np.add(out, more, out=out)  # of bool it is the logical or, as matmul's
+
     def run(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
         a, b = inputs
         dtype = out.dtype
@@ -99,7 +112,7 @@ class _MatMul(BlockOperation):
 
     def scratch(self, at: Box) -> int:
         rows, columns = at[-2].stop - at[-2].start, at[-1].stop - at[-1].start
-        return int(2 * (rows + columns) * self.a[-1] * self.itemsize)
+        return int((2 * (rows + columns) * min(self.a[-1], DEPTH_ITEMS) + rows * columns) * self.itemsize)
 
     def cost(self, at: Box) -> int:
         rows, columns = at[-2].stop - at[-2].start, at[-1].stop - at[-1].start

@@ -374,3 +374,12 @@ def test_what_is_deleted_leaves_the_disk_with_the_next_allocation(small: sa.Pool
     kept = sa.array(np.ones(1000))
     assert small.memory.spill is not None and small.memory.spill.resident_nbytes() < MIB
     assert float(kept.sum().compute()) == 1000
+
+
+def test_products_whose_panels_exceed_the_limit(tmp_path: Path) -> None:
+    a = np.random.default_rng(5).integers(0, 9, (1024, 20_000)).astype(float)
+    with sa.Pool(workers=2, memory_limit="64MiB", spill_directory=str(tmp_path)):
+        x = sa.array(a)  # 156 MiB; a panel of 512 rows is 78
+        assert x._storage is not None and x._storage.is_spilled
+        np.testing.assert_array_equal((x @ x.T).compute(), a @ a.T)
+        np.testing.assert_array_equal((x @ np.ones(20_000)).compute(), a.sum(axis=1))
