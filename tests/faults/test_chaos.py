@@ -10,18 +10,21 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 from conftest import SOAK_MINUTES
 
 import shmarray as sa
 
-CHAOS_S = 60 * SOAK_MINUTES or 25.0
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker would find another conftest
+CHAOS_S = 60 * SOAK_MINUTES or 15.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * CHAOS_S + 240)]
 
 DTYPES = ("f8", "f4", "i8", "i2", "c16")
