@@ -376,6 +376,7 @@ def raise_at(number: int, act: Callable[[], None]) -> bool:
     return left <= 0
 
 
+@pytest.mark.timeout(240)  # an interrupt at each of thousands of lines
 def test_interrupt_at_any_instant_leaves_no_cell_locked(locks: CellLocks, actor: Make) -> None:
     a, b = actor("a"), actor("b")
     number, struck = 0, True
