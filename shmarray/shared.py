@@ -352,16 +352,10 @@ class Value:
         return self._lease.alone(do)
 
     def __reduce__(self) -> Any:
-        return _value_over, (over(self._lease, (), self.dtype),)
+        return _made_over, (Value, over(self._lease, (), self.dtype))
 
     def __repr__(self) -> str:
         return f"shared.Value({self.dtype.str!r}, {self.value!r})"
-
-
-def _value_over(number: SharedArray) -> Value:
-    made = Value.__new__(Value)
-    made._use(number)
-    return made
 
 
 class Array:
@@ -460,14 +454,15 @@ class Array:
         self.raw = value + b"\0" if len(value) < self._array.nbytes else value
 
     def __reduce__(self) -> Any:
-        return _array_over, (self._array,)
+        return _made_over, (Array, self._array)
 
     def __repr__(self) -> str:
         return f"shared.Array({self._array.dtype.str!r}, {self._array.tolist()!r})"
 
 
-def _array_over(array: SharedArray) -> Array:
-    made = Array.__new__(Array)
+def _made_over(kind: type[Value] | type[Array], array: SharedArray) -> Value | Array:
+    """Return a `Value` or `Array` over what has arrived."""
+    made = kind.__new__(kind)
     made._use(array)
     return made
 
