@@ -184,8 +184,10 @@ class Running:
         del self.addresses[buffer]
 
     def addresses_of(self, index: int) -> dict[int, Address]:
+        """Return where the buffers of a layer are, by the numbers that its kernel has for them."""
         layer = self.plan.layers[index]
-        return {b: self.addresses[b] for b in (*layer.reads, *layer.writes)}
+        names = layer.names or [(b, b) for b in (*layer.reads, *layer.writes)]
+        return {name: self.addresses[b] for name, b in names}
 
     def abandon(self) -> None:
         """Let the caller go while tasks of the plan still run: what it locked stays locked, for the caller's thread as well."""

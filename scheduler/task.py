@@ -112,6 +112,7 @@ class Layer:
     ``in_place``: a task reads what it writes. It goes in steps through `Context.redo`, and after a death goes on where it was; any
     other task is run again, unless ``retry`` is False, for one that must not be.
     ``nbytes_per_task`` is a hint of a task's cost (bytes moved, weighted); 0 means unknown, as for a user's function.
+    ``names``: (number, buffer) where the kernel knows buffers by other numbers than the plan.
     ``describe(i)`` names a task in an error; ``line`` is the user's line ``file:number`` that built the expression.
     """
 
@@ -120,6 +121,7 @@ class Layer:
     ntasks: int
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
+    names: tuple[tuple[int, int], ...] = ()
     dependencies: tuple[Dependency, ...] = ()
     nbytes_per_task: int = 0
     place: str = "worker"

@@ -35,6 +35,7 @@ from shmarray.errors import (
     WorkerStartError,
 )
 from shmarray.explain import explain
+from shmarray.iterate import Frame, iterate
 from shmarray.ops import creation, elementwise, linalg, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
 
@@ -55,6 +56,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "Array",
     "ChangedInput",
     "ChunkError",
+    "Frame",
     "HandleExpired",
     "LockError",
     "MemoryBudgetError",
@@ -74,6 +76,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "euler_gamma",
     "explain",
     "inf",
+    "iterate",
     "map_blocks",
     "nan",
     "newaxis",

@@ -216,9 +216,9 @@ class Array(Handle):
         return persisted
 
     def copy(self, order: str = "C") -> Array:
-        """Return a stored copy, computed now."""
+        """Return a stored copy, computed now; within a step that is being traced, of the expression."""
         if self._storage is None:
-            return self.persist()
+            return wrap(self.node, self.chunks) if running.is_traced(self.node) else self.persist()
         storage = Storage(running.current_pool(), self.shape, self.dtype, self.chunks)
         running.run([self.node], [Target(self.shape, self.dtype, storage=storage, layout=storage.layout)], None, storage.pool)
         copied: Array = wrap_stored(storage, storage.layout, self.chunks)

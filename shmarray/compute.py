@@ -37,7 +37,19 @@ from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
 from shmarray.templates import plan_for
 
-__all__ = ["compute", "current_pool", "goes_straight", "persist", "plan_of", "values_of", "write"]
+__all__ = [
+    "check_inputs",
+    "compute",
+    "current_pool",
+    "goes_straight",
+    "is_traced",
+    "persist",
+    "plan_of",
+    "run",
+    "values_of",
+    "warn",
+    "write",
+]
 
 NDArray = np.ndarray[Any, Any]
 _log = logging.getLogger("shmarray")
@@ -185,8 +197,8 @@ def run(
 
 
 def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
-    _check_inputs(stored, {x: node for node in postorder(n for n, _ in pairs) for x in node.inputs})
-    _warn(_Run(pairs, stored, scheduler, pool, line).run())
+    check_inputs(stored, {x: node for node in postorder(n for n, _ in pairs) for x in node.inputs})
+    warn(_Run(pairs, stored, scheduler, pool, line).run())
 
 
 class _Run:
@@ -275,7 +287,7 @@ class _Run:
             error = self.error() if self.error is not None else None
             if error is not None:
                 error._finish = None  # until here it can be tried again
-            _warn(self.run())
+            warn(self.run())
 
     def _first_run(self) -> Report:
         pool = self.pool
@@ -404,7 +416,13 @@ def _where(node: Stored) -> Layout:
     return Layout(node.offset, node.shape, node.strides, node.dtype)
 
 
-def _check_inputs(stored: Iterable[Stored], readers: dict[Expr, Expr]) -> None:
+def is_traced(node: Expr) -> bool:
+    """Whether an expression reads arrays that have no values yet."""
+    return builtins.any(isinstance(n, Stored) and n.storage.is_role for n in postorder([node]))
+
+
+def check_inputs(stored: Iterable[Stored], readers: Mapping[Expr, Expr]) -> None:
+    """Raise TornChunkError or ChangedInput where stored arrays are not what an expression was built on; the caller has their locks."""
     for node in stored:
         layout = _where(node)
         node.storage.check_whole(layout)
@@ -420,7 +438,8 @@ def _check_inputs(stored: Iterable[Stored], readers: dict[Expr, Expr]) -> None:
                 )
 
 
-def _warn(report: Report) -> None:
+def warn(report: Report) -> None:
+    """Raise the warnings of tasks here, as of the user's lines."""
     for category, message, line in report.warnings:
         kind = getattr(builtins, category, RuntimeWarning)
         if not (isinstance(kind, type) and issubclass(kind, Warning)):

@@ -23,7 +23,7 @@ OLDEST_LLVMLITE = (0, 46)
 COMPILING_PAYS_NBYTES = 1 << 29  # of traffic, operations weighted: some 50 ms of one core in NumPy, of which code saves half or more
 
 
-def engine_for(kernel: Kernel, nbytes: int, is_remote: Callable[[int], bool]) -> Kernel:
+def engine_for(kernel: Kernel, nbytes: float, is_remote: Callable[[int], bool]) -> Kernel:
     """Return the kernel, compiled where that is possible and wanted. ``nbytes``: what all its tasks are worth."""
     result: Kernel = _choose(kernel, nbytes, is_remote)[0]
     return result
@@ -35,7 +35,7 @@ def plain_kernel(kernel: Kernel) -> Kernel:
     return plain
 
 
-def why_not_compiled(kernel: Kernel, nbytes: int, is_remote: Callable[[int], bool]) -> str:
+def why_not_compiled(kernel: Kernel, nbytes: float, is_remote: Callable[[int], bool]) -> str:
     """Return why a kernel runs in NumPy; empty when it is compiled."""
     return _choose(kernel, nbytes, is_remote)[1]
 
@@ -52,7 +52,7 @@ def _lacks_llvmlite() -> str:
     return "" if number >= OLDEST_LLVMLITE else f"llvmlite {found} is too old (pip install shmarray[jit])"
 
 
-def _choose(kernel: Any, nbytes: int, is_remote: Callable[[int], bool]) -> tuple[Any, str]:
+def _choose(kernel: Any, nbytes: float, is_remote: Callable[[int], bool]) -> tuple[Any, str]:
     if isinstance(kernel, FinishKernel):
         return kernel, "folding partial results never is"
     if not isinstance(kernel, (MapKernel, ReduceKernel)):
@@ -64,7 +64,7 @@ def _choose(kernel: Any, nbytes: int, is_remote: Callable[[int], bool]) -> tuple
     if config.engine == "auto" and nbytes < COMPILING_PAYS_NBYTES:
         return (
             kernel,
-            f"too little work to pay for it ({format_bytes(nbytes)} of {format_bytes(COMPILING_PAYS_NBYTES)}, operations weighted)",
+            f"too little work to pay for it ({format_bytes(int(nbytes))} of {format_bytes(COMPILING_PAYS_NBYTES)}, operations weighted)",
         )
     from shmarray.kernels.llvm import engine  # needs llvmlite, and takes 0.1 s
 

@@ -14,6 +14,7 @@ Never put here: which nodes share a pass (`passes`), how kernels compute, who ru
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from scheduler.repeat import Spans, Step
 from scheduler.results import result_memory
 from scheduler.run import RESERVED_SHARE, Pool
 from scheduler.task import ARENA, DRIVER, SPILL, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
@@ -77,6 +79,7 @@ __all__ = [
     "Target",
     "buffer_of",
     "build_plan",
+    "build_step",
     "lock_requests",
     "make_result",
     "outline",
@@ -147,6 +150,15 @@ def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> 
     return builder.plan(), Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses), builder.room)
 
 
+def build_step(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> tuple[Step, Bindings]:
+    """Return the plan that fills ``targets``, to be run so often that compiling always pays, and what its tasks touch."""
+    builder = _built(roots, targets, pool, result_memory().empty, is_repeated=True)
+    reads = tuple(_spans(draft.loads, None if draft.is_made else draft.grid) for draft in builder.layers)
+    writes = tuple(_spans(draft.stores, draft.grid) for draft in builder.layers)
+    bindings = Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses), builder.room)
+    return Step(builder.plan(), reads, writes), bindings
+
+
 def buffer_of(place: Storage | np.ndarray[Any, Any], pool: Pool) -> tuple[Buffer, tuple[Any, Any]]:
     """Return the buffer that a storage, or a NumPy array of this process, is to a plan, and what to hold while it runs."""
     if isinstance(place, Storage):
@@ -181,11 +193,12 @@ def make_result(target: Target, order: tuple[int, ...], empty: Empty | None = No
     target.array, target.order = array.transpose(np.argsort(order)), order
 
 
-def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: Empty) -> _Builder:
+def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: Empty, *, is_repeated: bool = False) -> _Builder:
     optimised = optimise(tuple(roots))
     builder = _filled(optimised, targets, pool, empty, is_spilling=False)
     if any(b.is_spilled for b in builder.buffers) and any(isinstance(layer.kernel, ScanKernel) for layer in builder.layers):
-        return _filled(optimised, targets, pool, empty, is_spilling=True)
+        builder = _filled(optimised, targets, pool, empty, is_spilling=True)
+    builder.is_repeated = is_repeated
     return builder
 
 
@@ -286,6 +299,7 @@ class _Builder:
         self.isolated = False
         self.scratch = 0
         self.room: tuple[int, float] = ANY_ROOM
+        self.is_repeated = False  # so often that compiling pays, however little work there is
 
     # --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -948,7 +962,7 @@ class _Builder:
             layers.append(
                 Layer(
                     name=draft.name,
-                    kernel=engine_for(draft.kernel, draft.work_nbytes, self._is_remote),
+                    kernel=engine_for(draft.kernel, math.inf if self.is_repeated else draft.work_nbytes, self._is_remote),
                     ntasks=draft.ntasks,
                     reads=tuple(draft.reads),
                     writes=tuple(draft.writes),
@@ -989,6 +1003,28 @@ class _Builder:
             if self.buffers[operand.buffer].address is None
         }
         return Outline(self.plan(), layers, tuple(target.buffer for target in self.targets), owners)
+
+
+def _spans(operands: Iterable[Operand], grid: Grid | None) -> dict[int, Spans | None]:
+    """Return, per buffer, which bytes each task of a layer touches through ``operands``; None where that is not known."""
+    by_buffer = itertools.groupby(sorted(operands, key=lambda o: o.buffer), key=lambda o: o.buffer)
+    return {buffer: None if grid is None else _spans_of(list(some), grid) for buffer, some in by_buffer}
+
+
+def _spans_of(operands: list[Operand], grid: Grid) -> Spans | None:
+    if any(len(o.shape) != len(grid.shape) for o in operands):
+        return None
+    if any(m not in (1, n) for o in operands for m, n in zip(o.shape, grid.shape, strict=True)):
+        return None
+    boxes = [grid.box(k) for k in range(grid.ntasks)]
+    starts = np.array([[s.start for s in box] for box in boxes]).reshape(len(boxes), -1)
+    lasts = np.array([[s.stop - 1 for s in box] for box in boxes]).reshape(len(boxes), -1)
+    lows, highs = [], []
+    for o in operands:
+        strides = np.array([0 if n == 1 else stride for n, stride in zip(o.shape, o.strides, strict=True)], np.int64)
+        lows.append(o.offset + np.minimum(starts * strides, lasts * strides).sum(axis=1))
+        highs.append(o.offset + np.maximum(starts * strides, lasts * strides).sum(axis=1) + o.dtype.itemsize)
+    return Spans(np.min(lows, axis=0).tolist(), np.max(highs, axis=0).tolist())
 
 
 def _copies_nbytes(draft: _LayerDraft, is_spilled: Callable[[int], bool]) -> int:

@@ -224,23 +224,11 @@ class SharedStorage(Storage):
     is_shared = True
 
     def __init__(self, lease: Lease, form: Form) -> None:
+        self._stand_in(form.shape, form.dtype, form.chunks)
         self.pool = None  # type: ignore[assignment]  # of no pool: workers reach the bytes as they do the driver's own
         self.lease = lease
-        self.shape = form.shape
-        self.dtype = form.dtype
         self.nbytes = lease.nbytes
         self.chunks = form.chunks
-        self.identity = next(_identities)
-        self.version = 0
-        self.writes = []
-        self.forgotten = 0
-        self.torn = {}
-        self.cells = form.cells
-        self._leases = weakref.WeakSet()
-        self._writers = 0
-        self._mutex = threading.Lock()
-        self._touched = {}
-        self._windows = []
 
     @property
     def is_spilled(self) -> bool:

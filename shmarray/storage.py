@@ -107,14 +107,21 @@ class Storage:
     """The bytes of a stored array. C-ordered, ``shape`` and ``dtype`` as they were when it was made."""
 
     is_shared = False  # between processes, so that others write it
+    is_role = False  # a place that storages take, of no values
 
     def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> None:
+        self._stand_in(shape, dtype, chunks)
         self.pool = pool
+        _forget_ended_children()  # for what was kept for them
+        self.extent = pool.allocate(self.nbytes)
+        pool.locks.forget_after(self, self.identity)
+        _live.add(self)
+
+    def _stand_in(self, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> None:
+        """Set what does not depend on where the bytes lie."""
         self.shape = shape
         self.dtype = dtype
         self.nbytes = max(1, math.prod(shape) * dtype.itemsize)
-        _forget_ended_children()  # for what was kept for them
-        self.extent = pool.allocate(self.nbytes)
         self.identity = next(_identities)
         self.version = 0
         # (version, the user's line, what was written); appended to under the mutex, by who holds the write locks.
@@ -130,8 +137,6 @@ class Storage:
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
         self._writers = 0
         self._mutex = threading.Lock()
-        pool.locks.forget_after(self, self.identity)
-        _live.add(self)
 
     @property
     def layout(self) -> Layout:
@@ -303,6 +308,21 @@ class Storage:
             self.writes.append((self.version, line, layout))
             if len(self.writes) > MOST_WRITES_KEPT:
                 self.forgotten = self.writes.pop(0)[0]
+
+    def exchange(self, other: Storage) -> bool:
+        """Have each the bytes of the other, with the views lent out over them; False, and nothing done, where that cannot be.
+
+        Both have one shape and dtype; the caller holds the write locks of both, or nobody else knows of one.
+        """
+        if self.pool is not other.pool or self.is_shared or other.is_shared or self._windows or other._windows:
+            return False
+        first, second = sorted((self, other), key=lambda storage: storage.identity)
+        with first._mutex, second._mutex:
+            if first._writers or second._writers:
+                return False
+            self.extent, other.extent = other.extent, self.extent
+            self._leases, other._leases = other._leases, self._leases
+            return True
 
     def changed_since(self, version: int, layout: Layout) -> str | None:
         """Return the line of a write since ``version`` that may have touched ``layout``, or None."""

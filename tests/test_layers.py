@@ -25,7 +25,7 @@ shared
 worker
 running
 pool
-executors.synchronous executors.threads executors.processes
+executors.synchronous executors.threads executors.processes repeat
 run
 """
 
@@ -54,7 +54,7 @@ explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
-ops.linalg
+ops.linalg iterate
 array
 __init__ doctor
 __main__
@@ -67,6 +67,7 @@ DOORS = {
         "compute",
         "doctor",
         "explain",
+        "iterate",
         "partial",
         "plan",
         "shared_memory",
@@ -79,9 +80,10 @@ DOORS = {
         "kernels.sources",
         "kernels.llvm.kernel",
     },
+    "scheduler.repeat": {"iterate", "plan"},
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
-    "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
+    "scheduler.run": {"__init__", "compute", "doctor", "explain", "iterate", "plan", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},

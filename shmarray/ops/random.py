@@ -11,20 +11,37 @@ from __future__ import annotations
 import math
 import operator
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
 from shmarray.chunks import normalize_chunks
 from shmarray.dtypes import checked_dtype
-from shmarray.expr import Fill, FillOperation, make
+from shmarray.expr import Block, BlockOperation, Expr, Fill, FillOperation, make
 from shmarray.handle import wrap
+from shmarray.region import Box
+from shmarray.tiles import map_grid
 
-__all__ = ["Generator", "default_rng"]
+__all__ = ["Generator", "default_rng", "stepped"]
 
 STREAM_ITEMS = 1 << 15  # changing this changes every random number
 KEPT_BLOCKS = 8
 _WITH_OUT = ("random", "standard_normal")
+
+_step: ContextVar[Expr | None] = ContextVar("shmarray_step", default=None)
+
+
+@contextmanager
+def stepped(number: Expr) -> Iterator[None]:
+    """Have arrays that are drawn inside be drawn anew for each step of a simulation, of which ``number``, without axes, is the number."""
+    token = _step.set(number)
+    try:
+        yield
+    finally:
+        _step.reset(token)
 
 
 class _Stream(FillOperation):
@@ -36,6 +53,7 @@ class _Stream(FillOperation):
         self, key: tuple[int, int], draw: int, method: str, kwargs: dict[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
         self.key, self.draw, self.method, self.kwargs, self.shape, self.dtype = key, draw, method, kwargs, shape, dtype
+        self.step = 0  # the fourth word of the counter: 0 outside simulations
         self.name = f"random.{method}"
         self.blocks: OrderedDict[int, np.ndarray[Any, Any]] = OrderedDict()
 
@@ -58,7 +76,7 @@ class _Stream(FillOperation):
 
     def _bits(self, number: int, into: np.ndarray[Any, Any] | int) -> np.ndarray[Any, Any]:
         """Draw block ``number``, into an array or as a new one of so many items."""
-        bits = np.random.Philox(key=np.array(self.key, np.uint64), counter=np.array([0, number, self.draw, 0], np.uint64))
+        bits = np.random.Philox(key=np.array(self.key, np.uint64), counter=np.array([0, number, self.draw, self.step], np.uint64))
         method = getattr(np.random.Generator(bits), self.method)
         return np.asarray(method(size=into, **self.kwargs) if isinstance(into, int) else method(out=into, **self.kwargs))
 
@@ -106,6 +124,34 @@ class _Stream(FillOperation):
             out[...] = target
 
 
+class _SteppedStream(BlockOperation):
+    """One draw in each step: the number of the step, an input without axes, is part of the counter."""
+
+    def __init__(self, stream: _Stream) -> None:
+        self.stream = stream
+        self.name = stream.name
+        grid = map_grid(stream.shape)
+        self.sizes = tuple(tuple(grid.lengths(axis)) for axis in range(len(stream.shape)))
+
+    def grid(self) -> tuple[tuple[int, ...], ...]:
+        return self.sizes
+
+    def needs(self, at: Box) -> tuple[Box, ...]:
+        return ((),)
+
+    def run(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
+        step = int(inputs[0]) + 1
+        stream = self.stream
+        if stream.step != step:  # threads have steps of their own at hand
+            stream = _Stream(stream.key, stream.draw, stream.method, stream.kwargs, stream.shape, stream.dtype)
+            stream.step = step
+            self.stream = stream
+        stream.fill(out, tuple(piece.start for piece in at), (1,) * out.ndim)
+
+    def cost(self, at: Box) -> int:
+        return 8 * self.stream.cost * math.prod(piece.stop - piece.start for piece in at)
+
+
 class Generator:
     """Draws arrays. Two generators of one seed draw the same arrays in the same order of calls."""
 
@@ -131,7 +177,12 @@ class Generator:
         kind = checked_dtype(probe.dtype)
         operation = _Stream(self._key, self._draws, method, kwargs, shape, kind)
         self._draws += 1
-        return wrap(make(Fill, shape, kind, operation, (operation,)), normalize_chunks(chunks, shape, kind))
+        sizes = normalize_chunks(chunks, shape, kind)
+        number = _step.get()
+        if number is not None:
+            drawn = _SteppedStream(operation)
+            return wrap(make(Block, shape, kind, drawn, (number,), (drawn,)), sizes)
+        return wrap(make(Fill, shape, kind, operation, (operation,)), sizes)
 
     def random(self, size: Any = None, dtype: Any = np.float64, *, chunks: Any = "auto") -> Any:
         """Return floats in [0, 1).

@@ -1,0 +1,528 @@
+"""Time stepping: a step that is traced and planned once, and run n times on buffers that take turns.
+
+    step(u) ──traced──▶ expression of a placeholder ──planned──▶ Step      the plan, with a *role* for each array that changes places
+    roles ◀── buffers: those of the state now, free ones for the next         which buffer stands where differs from step to step
+    several steps ──chain──▶ one plan, without a barrier between them       or, where a step is tiny, bound and run in this thread
+
+A field that a step returns as it got it changes hands without a copy: leapfrog's ``return new, u`` takes three buffers in turn.
+Promises: graph and plan do not grow with the number of steps; memory is the state twice; bits depend on neither workers nor where a run
+was split by callbacks, tests or restarts.
+Never put here: what a step computes, what a chain of plans waits for (`scheduler.repeat`), files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from scheduler.repeat import Prepared, Step, chain
+from scheduler.run import TINY_NBYTES, Pool
+from scheduler.task import ARENA, Address, LockRequest, Plan, Report
+from shmarray.chunks import Chunks, default_chunks
+from shmarray.compute import check_inputs, current_pool, run, warn
+from shmarray.config import config
+from shmarray.errors import MemoryBudgetError
+from shmarray.expr import Expr, Stored, make, postorder, user_line
+from shmarray.handle import Handle, as_handle, wrap, wrap_stored
+from shmarray.ops.random import stepped
+from shmarray.plan import Target, build_step, buffer_of
+from shmarray.region import c_strides
+from shmarray.shared_memory import hold_all
+from shmarray.storage import Layout, Storage
+
+__all__ = ["Frame", "iterate"]
+
+AT_ONCE_S = 0.03  # of steps in one plan: enough that what a plan costs is lost in it
+FEWEST, MOST = 4, 32  # steps in one plan, once it is known how long one takes
+KEPT_PLANS = 16
+
+
+class _Role(Storage):
+    """A place in a step: which storage stands there is said when it runs. Its arrays have no values while the step is traced."""
+
+    is_role = True
+
+    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks, number: int) -> None:
+        self._stand_in(shape, dtype, chunks)
+        self.pool = pool
+        self.number = number
+
+    def address(self, pool: Pool) -> tuple[Address, Any]:
+        return Address(ARENA, -1 - self.number), self  # of no extent: `_Loop` puts another in its place
+
+    @property
+    def is_spilled(self) -> bool:
+        raise TypeError(
+            f"computing an array inside a step of iterate(), at {user_line()}: the step is called once, with arrays that have no values yet, "
+            f"to find out what it computes. So it cannot branch on values, print them, or turn them into numbers. Use sa.where for "
+            f"choices, until= to stop, observe= and callback= to look, scalars= for numbers that vary by step."
+        )
+
+    def requests(self, layout: Layout, mode: str) -> list[LockRequest]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a callback of `iterate` gets: the state after ``step`` steps (counted from ``start``).
+
+    ``state``: stored arrays; they change when the simulation goes on, NumPy arrays computed from them do not. ``values``: what ``observe``
+    asked for. ``time``: seconds since the call.
+    """
+
+    step: int
+    time: float
+    state: tuple[Any, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """A step, planned: which buffer of the plan each role is.
+
+    ``fields``, ``scalars``: of what it reads (None: it does not); ``fresh``: of what it computes of the state; ``looks``: of what was
+    asked for beside; ``constants``: (storage, buffer) of other stored arrays that it reads.
+    """
+
+    step: Step
+    fields: tuple[int | None, ...]
+    scalars: tuple[int | None, ...]
+    fresh: tuple[int, ...]
+    looks: tuple[int, ...]
+    constants: tuple[tuple[Storage, int], ...]
+
+
+def iterate(
+    step: Callable[..., Any],
+    *state: Any,
+    steps: int | None = None,
+    until: Callable[..., Any] | None = None,
+    every: int = 1,
+    callback: Callable[[Frame], Any] | None = None,
+    observe: Mapping[str, Callable[..., Any]] | None = None,
+    scalars: Mapping[str, Any] | None = None,
+    start: int = 0,
+    out: Any = None,
+    scheduler: str | None = None,
+) -> Any:
+    """Return the state after ``steps`` steps: ``state = step(*state)``, again and again, in place.
+
+    ``step`` takes the arrays of the state, and returns as many, of the same shapes and dtypes; it is called once, with arrays that
+    have no values, and what it computes is run for every step: with two sets of buffers, and without a barrier between steps. Slices,
+    `roll`, `pad`, ``v = u.copy(); v[1:-1] = ...``, reductions, masks and other stored arrays may stand in it. Random numbers drawn in it
+    are new in every step, and depend on the seed and the number of the step alone.
+
+    Parameters
+    ----------
+    step : the function of a step, ``step(u, v, dt=...) -> (u, v)``; one array in, one array out.
+    state : arrays, stored or lazy, or NumPy arrays. They are not changed, unless they are ``out``.
+    steps : how many steps. None: until ``until`` says so.
+    until : called once, with the arrays after a step and, if it takes twice as many, those before it; returns a boolean array of one
+        element, true when it is enough: ``until=lambda new, old: abs(new - old).max() < 1e-6``. It is computed every ``every`` steps.
+    every : how many steps lie between two calls of ``callback``, or of ``until``.
+    callback : called here with a `Frame`, every ``every`` steps and after the last. The simulation waits for it.
+    observe : by name, functions as ``until`` is one, whose results are computed with the step and given to ``callback``.
+    scalars : by name, numbers that vary by step: a sequence (one for each step) or a function of the number of the step (``start`` for
+        the first). Floats have the precision of the state. ``step`` is given them by name, as arrays without axes.
+    start : the number of the first step. A run that goes on from a checkpoint continues exactly.
+    out : stored arrays (one, or a tuple) for the result, which may be those of the state: their memory is then one of the two sets.
+    scheduler : "processes", "threads" or "synchronous"; None: the first, or, where a step is tiny, this thread.
+
+    Returns
+    -------
+    A stored `Array`, or a tuple of them.
+
+    Raises ValueError or TypeError where ``step`` returns other shapes or dtypes than it was given, or needs values while it is traced;
+    MemoryBudgetError when two sets of the state do not fit in memory.
+
+    >>> import shmarray as sa
+    >>> u = sa.zeros(100)
+    >>> u[50] = 1.0
+    >>> def heat(u):
+    ...     v = u.copy()
+    ...     v[1:-1] = u[1:-1] + 0.25 * (u[2:] - 2 * u[1:-1] + u[:-2])
+    ...     return v
+    >>> u = sa.iterate(heat, u, steps=200)
+    >>> float(u.sum().compute().round(6)), int(u.argmax().compute())
+    (0.999528, 50)
+    """
+    if not callable(step):
+        raise TypeError(f"iterate() takes the function of a step first, got {type(step).__name__}: {step!r:.80}")
+    if not state:
+        raise TypeError("iterate(step, *state): give at least one array of the state")
+    if steps is None and until is None:
+        raise TypeError("iterate(...): say how many steps=, or until= when")
+    if steps is not None and (not isinstance(steps, (int, np.integer)) or steps < 0):
+        raise ValueError(f"iterate(steps={steps!r}): give a whole number of steps, not negative")
+    if not isinstance(every, (int, np.integer)) or every < 1:
+        raise ValueError(f"iterate(every={every!r}): give a whole number of steps from 1 on")
+    if observe and callback is None:
+        raise TypeError("iterate(observe=...) computes what a callback= is given; there is none")
+    arrays = tuple(as_handle(x) for x in state)
+    outs = None if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
+    _check_outs(outs, arrays)
+    values = _Scalars(scalars or {}, np.result_type(*(a.dtype for a in arrays)), int(start))
+    loop = _Loop(step, arrays, until, observe or {}, values, outs or (), scheduler, user_line())
+    results = loop.run(int(start), None if steps is None else int(steps), int(every), callback)
+    if outs is not None:
+        results = tuple(_give(result, place) for result, place in zip(results, outs, strict=True))
+    return results[0] if len(state) == 1 else results
+
+
+def _check_outs(outs: tuple[Any, ...] | None, arrays: tuple[Any, ...]) -> None:
+    if outs is None:
+        return
+    if len(outs) != len(arrays):
+        raise ValueError(f"iterate(out=...) of {len(outs)} arrays for a state of {len(arrays)}")
+    for place, x in zip(outs, arrays, strict=True):
+        if not isinstance(place, Handle) or place._storage is None:
+            raise TypeError(f"iterate(out=...) takes stored arrays, got {type(place).__name__}")
+        if place.shape != x.shape or place.dtype != x.dtype:
+            raise ValueError(f"iterate(out=...) of shape {place.shape}, {place.dtype} for a field of shape {x.shape}, {x.dtype}")
+
+
+def _give(result: Any, place: Any) -> Any:
+    """Have ``place``, a stored array, be the result; without a copy where both are whole."""
+    if result._storage is not place._storage or result._layout != place._layout:
+        if not (_is_whole(place) and _is_whole(result) and place._storage.exchange(result._storage)):
+            place._overwrite(result.node)
+    return place
+
+
+def _is_whole(x: Any) -> bool:
+    return x._storage is not None and x._layout == x._storage.layout and not x._storage.is_shared
+
+
+class _Loop:
+    """One call of `iterate`: what was traced, the buffers, where each field is now."""
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        arrays: tuple[Any, ...],
+        until: Callable[..., Any] | None,
+        observe: Mapping[str, Callable[..., Any]],
+        values: _Scalars,
+        outs: tuple[Any, ...],
+        scheduler: str | None,
+        line: str,
+    ) -> None:
+        self.pool = pool = current_pool()
+        self.line = line
+        self.scheduler = scheduler or config.scheduler
+        self.until, self.observe = until, dict(observe)
+        self.values = values
+        numbers = itertools.count()
+        self.roles = [_Role(pool, a.shape, a.dtype, a.chunks, next(numbers)) for a in arrays]
+        self.slots = [_Role(pool, (), dtype, (), next(numbers)) for dtype in self.values.dtypes]
+        self.chunks = [a.chunks for a in arrays]
+        self.sources: list[int] = []  # per field: which of `new` it becomes, or -1 - k: what field k was
+        self.new: list[Expr] = []
+        self.looks: list[Expr] = []
+        self._trace(step, numbers)
+        self.plain = self._planned([])
+        self.looking = self._planned(self.looks) if self.looks else self.plain
+        own: dict[int, Storage] = {}
+        self.own = own  # storages that may be written
+        self.fields = [self._place(a, k, outs) for k, a in enumerate(arrays)]
+        for place in outs:
+            if _is_whole(place) and place._storage.pool is pool and not place._storage.is_spilled:
+                own.setdefault(place._storage.identity, place._storage)
+        self.scalar_places: list[list[Storage]] = []  # per step of a plan
+        self.look_places = [Storage(pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype)) for n in self.looks]
+        self.plans: dict[Any, Plan] = {}
+        self.is_inline = self._runs_here()
+        self.step_s = math.inf
+
+    # --- tracing and planning ----------------------------------------------------------------------------------------------
+
+    def _trace(self, step: Callable[..., Any], numbers: Iterator[int]) -> None:
+        before = [wrap(_whole(role), chunks) for role, chunks in zip(self.roles, self.chunks, strict=True)]
+        slots = dict(zip(self.values.names, (wrap(_whole(role)) for role in self.slots[1:]), strict=True))
+        with stepped(_whole(self.slots[0])):
+            given = step(*before, **slots)
+            results = given if isinstance(given, (tuple, list)) else (given,)
+            if len(results) != len(before):
+                raise ValueError(
+                    f"the step of iterate() returned {len(results)} array{'s' * (len(results) != 1)} for a state of {len(before)}: it returns "
+                    f"as many as it takes, in the same order"
+                )
+            nodes = [self._checked(k, result) for k, result in enumerate(results)]
+            fields = {_whole(role): k for k, role in enumerate(self.roles)}
+            for node in nodes:
+                if node in fields:
+                    self.sources.append(-1 - fields[node])
+                    continue
+                if node not in self.new:
+                    self.new.append(node)
+                self.sources.append(self.new.index(node))
+            after = [wrap(node, chunks) for node, chunks in zip(nodes, self.chunks, strict=True)]
+            for name, function in (*((("until", self.until),) if self.until else ()), *self.observe.items()):
+                look = as_handle(_call(function, after, before))
+                if name == "until" and (look.size != 1 or look.dtype != bool):
+                    raise TypeError(
+                        f"iterate(until=...) returned an array of shape {look.shape} and {look.dtype}; it must be one boolean: "
+                        f"abs(new - old).max() < 1e-6"
+                    )
+                self.looks.append(look.node)
+
+    def _checked(self, k: int, result: Any) -> Expr:
+        role = self.roles[k]
+        if result is None:
+            raise TypeError("the step of iterate() returned None: it returns the arrays of the new state")
+        x = as_handle(result)
+        if x.shape != role.shape:
+            raise ValueError(f"the step of iterate() was given field {k} of shape {role.shape} and returned shape {x.shape}")
+        if x.dtype != role.dtype:
+            raise TypeError(
+                f"the step of iterate() was given field {k} of {role.dtype} and returned {x.dtype}: return x.astype({role.dtype}), or begin "
+                f"with a state of {x.dtype}"
+            )
+        node: Expr = x.node
+        return node
+
+    def _planned(self, looks: Sequence[Expr]) -> _Traced:
+        roots = [*self.new, *looks]
+        first = len(self.roles) + len(self.slots)
+        places = [_Role(self.pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype), first + k) for k, n in enumerate(roots)]
+        targets = [Target(role.shape, role.dtype, storage=role, layout=role.layout, is_new=True) for role in places]
+        pairs = [(n, t) for n, t in zip(roots, targets, strict=True) if n.size]
+        step, bindings = build_step([n for n, _ in pairs], [t for _, t in pairs], self.pool)
+        numbers = bindings.storages
+        stored = {n.storage for n in postorder(roots) if isinstance(n, Stored) and not isinstance(n.storage, _Role)}
+        step = replace(step, plan=replace(step.plan, locks=()))
+        for layer in step.plan.layers:
+            assert not layer.in_place, layer.name
+        return _Traced(
+            step,
+            tuple(numbers.get(role.identity) for role in self.roles),
+            tuple(numbers.get(role.identity) for role in self.slots),
+            tuple(numbers.get(role.identity, -1) for role in places[: len(self.new)]),
+            tuple(numbers.get(role.identity, -1) for role in places[len(self.new) :]),
+            tuple((s, numbers[s.identity]) for s in stored if s.identity in numbers),
+        )
+
+    def _runs_here(self) -> bool:
+        plan = self.looking.step.plan
+        if self.scheduler is not None:
+            return self.scheduler == "synchronous"
+        return self.pool.workers == 0 or (not plan.isolated and 0 <= plan.cost_nbytes() <= TINY_NBYTES)
+
+    # --- buffers -----------------------------------------------------------------------------------------------------------
+
+    def _place(self, x: Any, k: int, outs: tuple[Any, ...]) -> Storage:
+        """Return the storage that field ``k`` begins in: its own where it is whole, which is then read and never written."""
+        pool = self.pool
+        if _is_whole(x) and x._storage.pool is pool and not x._storage.is_spilled:
+            storage: Storage = x._storage
+            return storage
+        storage = self._allocate(x.shape, x.dtype, self.chunks[k])
+        if x.size:
+            run([x.node], [Target(x.shape, x.dtype, storage=storage, layout=storage.layout, is_new=True)], self.scheduler, pool)
+        return storage
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> Storage:
+        storage = Storage(self.pool, shape, dtype, chunks)
+        if storage.is_spilled:
+            raise MemoryBudgetError(
+                f"iterating over a state of shape {shape}, {dtype}: two sets of it, {storage.nbytes} bytes each, do not fit in the memory "
+                f"limit of {self.pool.budget.limit_nbytes} bytes beside what is stored. Delete stored arrays, give out= the arrays of the "
+                f"state, or raise memory_limit."
+            )
+        self.own[storage.identity] = storage
+        return storage
+
+    def _next(self, fields: list[Storage]) -> tuple[list[Storage], list[Storage]]:
+        """Return (where the next step writes what it computes, where the fields are then)."""
+        taken = {storage.identity for storage in fields}
+        targets: list[Storage] = []
+        for node, k in zip(self.new, (self.sources.index(n) for n in range(len(self.new))), strict=True):
+            free = (
+                s for s in self.own.values() if s.identity not in taken and s.shape == node.shape and s.dtype == node.dtype
+            )
+            storage = next(free, None) or self._allocate(node.shape, node.dtype, self.chunks[k])
+            taken.add(storage.identity)
+            targets.append(storage)
+        return targets, [targets[n] if n >= 0 else fields[-1 - n] for n in self.sources]
+
+    def _scalars_of(self, position: int) -> list[Storage]:
+        while len(self.scalar_places) <= position:
+            self.scalar_places.append([Storage(self.pool, (), role.dtype, ()) for role in self.slots])
+        return self.scalar_places[position]
+
+    def _bound(self, traced: _Traced, fields: list[Storage], targets: list[Storage], position: int) -> Step:
+        """Return the step with storages in its places."""
+        plan = traced.step.plan
+        buffers = list(plan.buffers)
+        looks = self.look_places if traced.looks else []
+        places = (
+            *zip(traced.fields, fields, strict=True),
+            *zip(traced.scalars, self._scalars_of(position), strict=True),
+            *zip(traced.fresh, targets, strict=True),
+            *zip(traced.looks, looks, strict=True),
+            *((number, storage) for storage, number in traced.constants),
+        )
+        for number, storage in places:
+            if number is not None and number >= 0:
+                buffers[number] = buffer_of(storage, self.pool)[0]
+        return replace(traced.step, plan=replace(plan, buffers=tuple(buffers)))
+
+    # --- running -----------------------------------------------------------------------------------------------------------
+
+    def run(self, start: int, steps: int | None, every: int, callback: Callable[[Frame], Any] | None) -> tuple[Any, ...]:
+        began = time.perf_counter()
+        done = 0
+        is_watched = callback is not None or self.until is not None
+        while steps is None or done < steps:
+            most = math.inf if steps is None else steps - done
+            if is_watched:
+                most = min(most, every - done % every)
+            count = int(min(most, 1 << 20 if self.is_inline else self._at_once()))
+            done += count
+            is_look = is_watched and (done % every == 0 or done == steps)
+            self._advance(start + done - count, count, is_look=is_look)
+            if not is_look:
+                continue
+            looks = [place.array(place.layout).copy()[()] for place in self.look_places]
+            is_enough = self.until is not None and bool(np.all(looks.pop(0)))
+            if callback is not None:
+                callback(Frame(start + done, time.perf_counter() - began, self._state(), dict(zip(self.observe, looks, strict=True))))
+            if is_enough:
+                break
+        return self._state()
+
+    def _state(self) -> tuple[Any, ...]:
+        return tuple(wrap_stored(storage, storage.layout, chunks) for storage, chunks in zip(self.fields, self.chunks, strict=True))
+
+    def _at_once(self) -> int:
+        """Return how many steps the next plan does."""
+        if self.step_s == math.inf:
+            return 1
+        return max(FEWEST, min(MOST, 1 << int(math.log2(max(1.0, AT_ONCE_S / self.step_s)))))
+
+    def _advance(self, first: int, count: int, *, is_look: bool) -> None:
+        """Do ``count`` steps from number ``first`` on; with the last of them compute what was asked for, if ``is_look``."""
+        self._next(self.fields)  # allocates what is missing, before anything is held
+        stored = [n for n in postorder([*self.new, *self.looks]) if isinstance(n, Stored) and not isinstance(n.storage, _Role)]
+        uses = [(n.storage, Layout(n.offset, n.shape, n.strides, n.dtype), "r") for n in stored]
+        uses += [(s, s.layout, "r") for s in dict.fromkeys(self.fields) if s.identity not in self.own]
+        uses += [(s, s.layout, "w") for s in self.own.values()]
+        with hold_all(uses):
+            check_inputs(stored, {x: n for n in postorder([*self.new, *self.looks]) for x in n.inputs})
+            for storage in self.fields:
+                storage.check_whole(storage.layout)
+            begun: list[Storage] = []
+            try:
+                for storage in self.own.values():
+                    storage.begin_write(stays=True)
+                    begun.append(storage)
+                began = time.perf_counter()
+                work = self._run_here if self.is_inline else self._run_chained
+                report = work(first, count, is_look)
+                self.step_s = min(self.step_s, (time.perf_counter() - began) / count)
+            except BaseException as error:
+                with contextlib.suppress(Exception):  # a class that takes no notes
+                    error.add_note(f"in steps {first} to {first + count - 1} of iterate() at {self.line}")
+                raise
+            finally:
+                for storage in begun:
+                    storage.end_write(storage.layout, self.line)
+        warn(report)
+
+    def _run_chained(self, first: int, count: int, is_look: bool) -> Report:
+        """Do the steps as one plan."""
+        fields, sequence, key = self.fields, [], []
+        for position in range(count):
+            targets, after = self._next(fields)
+            for storage, value in zip(self._scalars_of(position), self.values.at(first + position), strict=True):
+                storage.array(storage.layout)[...] = value
+            sequence.append((fields, targets))
+            key.append(tuple(s.extent.offset for s in (*fields, *targets)))
+            fields = after
+        traced = [self.plain] * (count - 1) + [self.looking if is_look else self.plain]
+        constants = tuple(storage.address(self.pool)[0] for storage, _ in traced[-1].constants)
+        whole = (tuple(key), is_look, constants)
+        plan = self.plans.pop(whole, None)
+        if plan is None:
+            plan = chain([self._bound(t, now, targets, k) for k, (t, (now, targets)) in enumerate(zip(traced, sequence, strict=True))])
+        self.plans[whole] = plan  # the latest last
+        while len(self.plans) > KEPT_PLANS:
+            del self.plans[next(iter(self.plans))]
+        report = self.pool.run(plan, self.scheduler) if plan.layers else Report()
+        self.fields = fields
+        return report
+
+    def _run_here(self, first: int, count: int, is_look: bool) -> Report:
+        """Do the steps in this thread."""
+        warned: dict[tuple[str, str, str], None] = {}
+        prepared: dict[Any, tuple[Prepared, list[Storage]]] = {}
+        fields = self.fields
+        names = tuple(s.array(s.layout) for s in self._scalars_of(0))
+        with contextlib.ExitStack() as stack:
+            for position in range(count):
+                looks = is_look and position == count - 1
+                key = (looks, *(id(s) for s in fields))
+                found = prepared.get(key)
+                if found is None:
+                    targets, after = self._next(fields)
+                    step = self._bound(self.looking if looks else self.plain, fields, targets, 0)
+                    found = prepared[key] = stack.enter_context(Prepared(self.pool, step.plan)), after
+                one, fields = found
+                for place, value in zip(names, self.values.at(first + position), strict=True):
+                    place[...] = value
+                one.run()
+            for one, _ in prepared.values():
+                warned.update(dict.fromkeys(one.report().warnings))
+        self.fields = fields
+        return Report(tuple(warned))
+
+
+class _Scalars:
+    """What varies by step: its number, and the user's numbers."""
+
+    def __init__(self, given: Mapping[str, Any], kind: np.dtype[Any], start: int) -> None:
+        self.names = tuple(given)
+        self.given = tuple(given.values())
+        weak = np.result_type(kind, 0.0)  # a Python float beside arrays of the state
+        self.dtypes = [np.dtype(np.int64)]
+        for name, value in given.items():
+            if not callable(value) and np.ndim(value) != 1:
+                raise TypeError(f"iterate(scalars={{{name!r}: ...}}) takes a function of the step's number, or one number for each step")
+            sample = np.asarray(value(start) if callable(value) else value)
+            if callable(value) and sample.ndim:
+                raise TypeError(f"iterate(scalars={{{name!r}: ...}}) gave an array of shape {sample.shape} for a step; it takes one number")
+            self.dtypes.append(sample.dtype if sample.dtype.kind != "f" or isinstance(value, np.ndarray) else weak)
+
+    def at(self, step: int) -> list[Any]:
+        """Return the numbers of a step."""
+        found: list[Any] = [step]
+        for name, value in zip(self.names, self.given, strict=True):
+            if callable(value):
+                found.append(value(step))
+            elif not 0 <= step < len(value):
+                raise IndexError(f"iterate(scalars={{{name!r}: ...}}) has {len(value)} numbers, and none for step {step}")
+            else:
+                found.append(value[step])
+        return found
+
+
+def _whole(role: _Role) -> Stored:
+    return make(Stored, role.shape, role.dtype, role, 0, c_strides(role.shape, role.dtype.itemsize), None)
+
+
+def _call(function: Callable[..., Any], after: list[Any], before: list[Any]) -> Any:
+    """Call a function of the state after a step and, where it takes twice as many arrays, before it."""
+    try:
+        kinds = [p.kind for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+        takes = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    except (TypeError, ValueError):
+        takes = len(after)
+    return function(*after, *before) if takes == 2 * len(after) else function(*after)
