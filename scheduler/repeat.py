@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from scheduler import faults
+from scheduler.executors.processes import pickle_kernels
 from scheduler.redo import Redo
 from scheduler.running import Host, Running
 from scheduler.task import Address, Buffer, Dependency, Layer, Outcome, Plan, Report
 from scheduler.worker import TaskContext, annotate
 
-__all__ = ["Prepared", "Spans", "Step", "chain"]
+__all__ = ["Prepared", "Spans", "Step", "chain", "with_pickles"]
 
 Requires = Callable[[int, int], tuple[int, int]]
 
@@ -49,6 +50,11 @@ class Step:
     writes: tuple[Mapping[int, Spans | None], ...]
 
 
+def with_pickles(step: Step) -> Step:
+    """Return the step with its kernels pickled, once for all chains that it will be part of."""
+    return replace(step, plan=replace(step.plan, pickles=pickle_kernels(step.plan.layers)))
+
+
 @dataclass(slots=True)
 class _Uses:
     """Who touched a buffer of a chain: layers, with the spans of their tasks."""
@@ -65,12 +71,12 @@ def chain(steps: Sequence[Step]) -> Plan:
     numbers: dict[Address, int] = {}
     uses: dict[int, _Uses] = {}
     for step in steps:
-        first, mine = len(layers), []
-        for buffer in step.plan.buffers:
-            number = len(buffers) if buffer.address is None else numbers.setdefault(buffer.address, len(buffers))
-            if number == len(buffers):
-                buffers.append(buffer)
-            mine.append(number)
+        first = len(layers)
+        mine: list[int] = []  # of each buffer of this plan, its number in the chain
+        for one in step.plan.buffers:
+            mine.append(len(buffers) if one.address is None else numbers.setdefault(one.address, len(buffers)))
+            if mine[-1] == len(buffers):
+                buffers.append(one)
         touched: dict[int, _Uses] = {}
         for index, layer in enumerate(step.plan.layers):
             after: dict[int, list[Requires] | None] = {}
@@ -160,14 +166,15 @@ class Prepared:
 
     def run(self) -> None:
         """Do all layers, one after the other."""
-        layer = task = 0
+        layer, task = self.plan.layers[0] if self.plan.layers else None, 0
         try:
-            for layer, (function, ntasks) in enumerate(zip(self.bound, [one.ntasks for one in self.plan.layers], strict=True)):
-                for task in range(ntasks):
+            for layer, function in zip(self.plan.layers, self.bound, strict=True):
+                for task in range(layer.ntasks):
                     faults.point("task")
                     function(task)
         except Exception as error:
-            annotate(error, self.plan.layers[layer], task)
+            assert layer is not None
+            annotate(error, layer, task)
             raise
 
     def report(self) -> Report:

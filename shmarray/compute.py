@@ -164,7 +164,27 @@ def write(target: Handle, value: Expr, scheduler: str | None = None) -> None:
     if value.dtype != layout.dtype:
         value = make(Elementwise, value.shape, layout.dtype, "astype", (value,))
     pool = current_pool()
+    if _reads_elsewhere(value, storage, layout) and _write_aside(value, storage, scheduler, line):
+        return
     run([value], [Target(layout.shape, layout.dtype, storage=storage, layout=layout)], scheduler, pool, line)
+
+
+def _reads_elsewhere(value: Expr, storage: Storage, layout: Layout) -> bool:
+    """Whether the new values of a whole array are made of its old ones at other places: ``f(u[1:], u[:-1]).compute(out=u)``."""
+    if layout != storage.layout or storage.is_shared or storage.is_spilled or storage.torn:
+        return False
+    return builtins.any(isinstance(n, Stored) and n.storage is storage and _where(n) != layout for n in postorder([value]))
+
+
+def _write_aside(value: Expr, storage: Storage, scheduler: str | None, line: str) -> bool:
+    """Compute the new values into memory of their own, and have the array be that: nothing is copied, nothing left half done."""
+    fresh = Storage(storage.pool, storage.shape, storage.dtype, default_chunks(storage.shape, storage.dtype))
+    if fresh.is_spilled:
+        return False
+    target = Target(storage.shape, storage.dtype, storage=fresh, layout=fresh.layout, is_new=True)
+    with hold_all([(storage, storage.layout, "w")]):
+        run([value], [target], scheduler, storage.pool, line)
+        return storage.exchange(fresh, line)  # not while this thread itself has a part of it open to write
 
 
 def plan_of(nodes: Sequence[Expr]) -> Plan:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler.repeat import Prepared, Step, chain
+from scheduler.repeat import Prepared, Step, chain, with_pickles
 from scheduler.run import TINY_NBYTES, Pool
 from scheduler.task import ARENA, Address, LockRequest, Plan, Report
 from shmarray.chunks import Chunks, default_chunks
@@ -33,15 +33,17 @@ from shmarray.errors import MemoryBudgetError
 from shmarray.expr import Expr, Stored, make, postorder, user_line
 from shmarray.handle import Handle, as_handle, wrap, wrap_stored
 from shmarray.ops.random import stepped
-from shmarray.plan import Target, build_step, buffer_of
+from shmarray.plan import Target, buffer_of, build_step
 from shmarray.region import c_strides
 from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
 
 __all__ = ["Frame", "iterate"]
 
-AT_ONCE_S = 0.03  # of steps in one plan: enough that what a plan costs is lost in it
+AT_ONCE_S = 0.03  # of steps at once: enough that what a plan costs is lost in it
 FEWEST, MOST = 4, 32  # steps in one plan, once it is known how long one takes
+WORTH_WORKERS_S = 2e-4  # a step that takes longer here may take less in worker processes
+SMALL_NBYTES = 16 * TINY_NBYTES  # steps that move more than this always do
 KEPT_PLANS = 16
 
 
@@ -61,8 +63,8 @@ class _Role(Storage):
     @property
     def is_spilled(self) -> bool:
         raise TypeError(
-            f"computing an array inside a step of iterate(), at {user_line()}: the step is called once, with arrays that have no values yet, "
-            f"to find out what it computes. So it cannot branch on values, print them, or turn them into numbers. Use sa.where for "
+            f"computing an array inside a step of iterate(), at {user_line()}: the step is called once, with arrays that have no values "
+            f"yet, to find out what it computes. So it cannot branch on values, print them, or turn them into numbers. Use sa.where for "
             f"choices, until= to stop, observe= and callback= to look, scalars= for numbers that vary by step."
         )
 
@@ -173,7 +175,7 @@ def iterate(
     loop = _Loop(step, arrays, until, observe or {}, values, outs or (), scheduler, user_line())
     results = loop.run(int(start), None if steps is None else int(steps), int(every), callback)
     if outs is not None:
-        results = tuple(_give(result, place) for result, place in zip(results, outs, strict=True))
+        results = tuple(_give(result, place, loop.line) for result, place in zip(results, outs, strict=True))
     return results[0] if len(state) == 1 else results
 
 
@@ -189,11 +191,11 @@ def _check_outs(outs: tuple[Any, ...] | None, arrays: tuple[Any, ...]) -> None:
             raise ValueError(f"iterate(out=...) of shape {place.shape}, {place.dtype} for a field of shape {x.shape}, {x.dtype}")
 
 
-def _give(result: Any, place: Any) -> Any:
+def _give(result: Any, place: Any, line: str) -> Any:
     """Have ``place``, a stored array, be the result; without a copy where both are whole."""
-    if result._storage is not place._storage or result._layout != place._layout:
-        if not (_is_whole(place) and _is_whole(result) and place._storage.exchange(result._storage)):
-            place._overwrite(result.node)
+    is_there = result._storage is place._storage and result._layout == place._layout
+    if not is_there and not (_is_whole(place) and _is_whole(result) and place._storage.exchange(result._storage, line)):
+        place._overwrite(result.node)
     return place
 
 
@@ -239,8 +241,14 @@ class _Loop:
         self.scalar_places: list[list[Storage]] = []  # per step of a plan
         self.look_places = [Storage(pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype)) for n in self.looks]
         self.plans: dict[Any, Plan] = {}
-        self.is_inline = self._runs_here()
-        self.step_s = math.inf
+        nodes = list(postorder([*self.new, *self.looks]))
+        self.readers = {x: node for node in nodes for x in node.inputs}
+        self.inputs = [node for node in nodes if isinstance(node, Stored) and not node.storage.is_role]
+        self.used = [
+            k for k, pair in enumerate(zip(self.plain.scalars, self.looking.scalars, strict=True)) if any(n is not None for n in pair)
+        ]
+        # Seconds that a step takes here, and in worker processes; None: it does not run there.
+        self.rates: dict[str, float] = dict.fromkeys(self._places_to_run(), math.inf)
 
     # --- tracing and planning ----------------------------------------------------------------------------------------------
 
@@ -252,8 +260,8 @@ class _Loop:
             results = given if isinstance(given, (tuple, list)) else (given,)
             if len(results) != len(before):
                 raise ValueError(
-                    f"the step of iterate() returned {len(results)} array{'s' * (len(results) != 1)} for a state of {len(before)}: it returns "
-                    f"as many as it takes, in the same order"
+                    f"the step of iterate() returned {len(results)} array{'s' * (len(results) != 1)} for a state of {len(before)}: it "
+                    f"returns as many as it takes, in the same order"
                 )
             nodes = [self._checked(k, result) for k, result in enumerate(results)]
             fields = {_whole(role): k for k, role in enumerate(self.roles)}
@@ -283,8 +291,8 @@ class _Loop:
             raise ValueError(f"the step of iterate() was given field {k} of shape {role.shape} and returned shape {x.shape}")
         if x.dtype != role.dtype:
             raise TypeError(
-                f"the step of iterate() was given field {k} of {role.dtype} and returned {x.dtype}: return x.astype({role.dtype}), or begin "
-                f"with a state of {x.dtype}"
+                f"the step of iterate() was given field {k} of {role.dtype} and returned {x.dtype}: return x.astype({role.dtype}), or "
+                f"begin with a state of {x.dtype}"
             )
         node: Expr = x.node
         return node
@@ -297,8 +305,10 @@ class _Loop:
         pairs = [(n, t) for n, t in zip(roots, targets, strict=True) if n.size]
         step, bindings = build_step([n for n, _ in pairs], [t for _, t in pairs], self.pool)
         numbers = bindings.storages
-        stored = {n.storage for n in postorder(roots) if isinstance(n, Stored) and not isinstance(n.storage, _Role)}
+        stored = {n.storage for n in postorder(roots) if isinstance(n, Stored) and not n.storage.is_role}
         step = replace(step, plan=replace(step.plan, locks=()))
+        if self.scheduler in (None, "processes"):
+            step = with_pickles(step)
         for layer in step.plan.layers:
             assert not layer.in_place, layer.name
         return _Traced(
@@ -310,11 +320,26 @@ class _Loop:
             tuple((s, numbers[s.identity]) for s in stored if s.identity in numbers),
         )
 
-    def _runs_here(self) -> bool:
+    def _places_to_run(self) -> tuple[str, ...]:
+        """Return where steps may run, what is tried first first: "here" is this thread."""
         plan = self.looking.step.plan
-        if self.scheduler is not None:
-            return self.scheduler == "synchronous"
-        return self.pool.workers == 0 or (not plan.isolated and 0 <= plan.cost_nbytes() <= TINY_NBYTES)
+        if self.scheduler == "synchronous" or self.pool.workers == 0:
+            return ("here",)
+        if self.scheduler is not None or plan.isolated or not 0 <= plan.cost_nbytes() <= SMALL_NBYTES:
+            return ("pool",)
+        return ("here", "pool")
+
+    def _batch(self) -> tuple[str, int]:
+        """Return where the next steps run, and how many of them at once."""
+        for place, rate in self.rates.items():
+            if rate == math.inf and (place == "here" or len(self.rates) == 1):
+                return place, 1
+        place = min(self.rates, key=lambda place: self.rates[place])
+        if self.rates.get("pool") == math.inf and self.rates[place] > WORTH_WORKERS_S:
+            place = "pool"  # to be tried
+        step_s = self.rates[place] if self.rates[place] < math.inf else self.rates["here"]
+        at_once = 1 << int(math.log2(max(1.0, AT_ONCE_S / step_s)))
+        return place, max(FEWEST, min(MOST, at_once)) if place == "pool" else max(1, at_once)
 
     # --- buffers -----------------------------------------------------------------------------------------------------------
 
@@ -345,9 +370,7 @@ class _Loop:
         taken = {storage.identity for storage in fields}
         targets: list[Storage] = []
         for node, k in zip(self.new, (self.sources.index(n) for n in range(len(self.new))), strict=True):
-            free = (
-                s for s in self.own.values() if s.identity not in taken and s.shape == node.shape and s.dtype == node.dtype
-            )
+            free = (s for s in self.own.values() if s.identity not in taken and s.shape == node.shape and s.dtype == node.dtype)
             storage = next(free, None) or self._allocate(node.shape, node.dtype, self.chunks[k])
             taken.add(storage.identity)
             targets.append(storage)
@@ -385,10 +408,11 @@ class _Loop:
             most = math.inf if steps is None else steps - done
             if is_watched:
                 most = min(most, every - done % every)
-            count = int(min(most, 1 << 20 if self.is_inline else self._at_once()))
+            place, at_once = self._batch()
+            count = int(min(most, at_once))
             done += count
             is_look = is_watched and (done % every == 0 or done == steps)
-            self._advance(start + done - count, count, is_look=is_look)
+            self._advance(place, start + done - count, count, is_look=is_look)
             if not is_look:
                 continue
             looks = [place.array(place.layout).copy()[()] for place in self.look_places]
@@ -402,21 +426,14 @@ class _Loop:
     def _state(self) -> tuple[Any, ...]:
         return tuple(wrap_stored(storage, storage.layout, chunks) for storage, chunks in zip(self.fields, self.chunks, strict=True))
 
-    def _at_once(self) -> int:
-        """Return how many steps the next plan does."""
-        if self.step_s == math.inf:
-            return 1
-        return max(FEWEST, min(MOST, 1 << int(math.log2(max(1.0, AT_ONCE_S / self.step_s)))))
-
-    def _advance(self, first: int, count: int, *, is_look: bool) -> None:
+    def _advance(self, place: str, first: int, count: int, *, is_look: bool) -> None:
         """Do ``count`` steps from number ``first`` on; with the last of them compute what was asked for, if ``is_look``."""
         self._next(self.fields)  # allocates what is missing, before anything is held
-        stored = [n for n in postorder([*self.new, *self.looks]) if isinstance(n, Stored) and not isinstance(n.storage, _Role)]
-        uses = [(n.storage, Layout(n.offset, n.shape, n.strides, n.dtype), "r") for n in stored]
+        uses = [(n.storage, Layout(n.offset, n.shape, n.strides, n.dtype), "r") for n in self.inputs]
         uses += [(s, s.layout, "r") for s in dict.fromkeys(self.fields) if s.identity not in self.own]
         uses += [(s, s.layout, "w") for s in self.own.values()]
         with hold_all(uses):
-            check_inputs(stored, {x: n for n in postorder([*self.new, *self.looks]) for x in n.inputs})
+            check_inputs(self.inputs, self.readers)
             for storage in self.fields:
                 storage.check_whole(storage.layout)
             begun: list[Storage] = []
@@ -425,9 +442,8 @@ class _Loop:
                     storage.begin_write(stays=True)
                     begun.append(storage)
                 began = time.perf_counter()
-                work = self._run_here if self.is_inline else self._run_chained
-                report = work(first, count, is_look)
-                self.step_s = min(self.step_s, (time.perf_counter() - began) / count)
+                report = (self._run_here if place == "here" else self._run_chained)(first, count, is_look)
+                self.rates[place] = min(self.rates[place], (time.perf_counter() - began) / count)
             except BaseException as error:
                 with contextlib.suppress(Exception):  # a class that takes no notes
                     error.add_note(f"in steps {first} to {first + count - 1} of iterate() at {self.line}")
@@ -442,8 +458,10 @@ class _Loop:
         fields, sequence, key = self.fields, [], []
         for position in range(count):
             targets, after = self._next(fields)
-            for storage, value in zip(self._scalars_of(position), self.values.at(first + position), strict=True):
-                storage.array(storage.layout)[...] = value
+            if self.used:
+                values, places = self.values.at(first + position), self._scalars_of(position)
+                for k in self.used:
+                    places[k].array(places[k].layout)[...] = values[k]
             sequence.append((fields, targets))
             key.append(tuple(s.extent.offset for s in (*fields, *targets)))
             fields = after
@@ -465,7 +483,7 @@ class _Loop:
         warned: dict[tuple[str, str, str], None] = {}
         prepared: dict[Any, tuple[Prepared, list[Storage]]] = {}
         fields = self.fields
-        names = tuple(s.array(s.layout) for s in self._scalars_of(0))
+        slots = [s.array(s.layout) for s in self._scalars_of(0)]
         with contextlib.ExitStack() as stack:
             for position in range(count):
                 looks = is_look and position == count - 1
@@ -476,8 +494,10 @@ class _Loop:
                     step = self._bound(self.looking if looks else self.plain, fields, targets, 0)
                     found = prepared[key] = stack.enter_context(Prepared(self.pool, step.plan)), after
                 one, fields = found
-                for place, value in zip(names, self.values.at(first + position), strict=True):
-                    place[...] = value
+                if self.used:
+                    values = self.values.at(first + position)
+                    for k in self.used:
+                        slots[k][...] = values[k]
                 one.run()
             for one, _ in prepared.values():
                 warned.update(dict.fromkeys(one.report().warnings))

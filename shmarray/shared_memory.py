@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,7 +24,7 @@ from scheduler.task import DRIVER, Address, LockRequest
 from shmarray.chunks import Chunks, normalize_chunks
 from shmarray.config import config
 from shmarray.handle import wrap_stored
-from shmarray.storage import Layout, Storage, _cell_starts, _identities
+from shmarray.storage import Layout, Storage, _cell_starts
 
 __all__ = ["Form", "SharedArray", "SharedStorage", "allocate", "form_of", "hold_all", "layout_of", "lease_of", "stored"]
 

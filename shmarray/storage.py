@@ -302,17 +302,20 @@ class Storage:
         self._load_windows()
         with self._mutex:
             self._writers -= 1
-            if line is None:
-                return
-            self.version += 1
-            self.writes.append((self.version, line, layout))
-            if len(self.writes) > MOST_WRITES_KEPT:
-                self.forgotten = self.writes.pop(0)[0]
+            if line is not None:
+                self._note(layout, line)
 
-    def exchange(self, other: Storage) -> bool:
+    def _note(self, layout: Layout, line: str) -> None:
+        self.version += 1
+        self.writes.append((self.version, line, layout))
+        if len(self.writes) > MOST_WRITES_KEPT:
+            self.forgotten = self.writes.pop(0)[0]
+
+    def exchange(self, other: Storage, line: str) -> bool:
         """Have each the bytes of the other, with the views lent out over them; False, and nothing done, where that cannot be.
 
-        Both have one shape and dtype; the caller holds the write locks of both, or nobody else knows of one.
+        It is a write of this array, at the user's line. Both have one shape and dtype; the caller holds its write locks, and nobody else
+        knows of the other.
         """
         if self.pool is not other.pool or self.is_shared or other.is_shared or self._windows or other._windows:
             return False
@@ -322,6 +325,7 @@ class Storage:
                 return False
             self.extent, other.extent = other.extent, self.extent
             self._leases, other._leases = other._leases, self._leases
+            self._note(self.layout, line)
             return True
 
     def changed_since(self, version: int, layout: Layout) -> str | None:

@@ -25,7 +25,8 @@ shared
 worker
 running
 pool
-executors.synchronous executors.threads executors.processes repeat
+executors.synchronous executors.threads executors.processes
+repeat
 run
 """
 

@@ -149,7 +149,8 @@ class _SteppedStream(BlockOperation):
         stream.fill(out, tuple(piece.start for piece in at), (1,) * out.ndim)
 
     def cost(self, at: Box) -> int:
-        return 8 * self.stream.cost * math.prod(piece.stop - piece.start for piece in at)
+        items: int = math.prod(piece.stop - piece.start for piece in at)
+        return 8 * _Stream.cost * items
 
 
 class Generator:
