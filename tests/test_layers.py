@@ -43,7 +43,7 @@ storage kernels.program
 handle travel
 shared_memory
 shared optimise kernels.numpy fuse
-kernels.reduce kernels.scan kernels.sources passes
+kernels.reduce kernels.scan kernels.sources kernels.parts hoist passes
 kernels.llvm.kernel
 kernels.llvm.engine
 engines
@@ -74,6 +74,7 @@ DOORS = {
         "templates",
         "engines",
         "kernels.numpy",
+        "kernels.parts",
         "kernels.reduce",
         "kernels.scan",
         "kernels.sources",
