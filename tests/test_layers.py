@@ -54,7 +54,7 @@ explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
-ops.linalg
+ops.linalg ops.padding
 array
 __init__ doctor
 __main__
