@@ -11,7 +11,6 @@ Times are those of one step, after one run that does not count (which compiles).
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
 
@@ -229,7 +228,9 @@ def compare(title, state, steps, cases, few):
     for name, result in found.items():
         for a, b in zip(first, result, strict=True):
             inner = tuple(slice(1, -1) for _ in a.shape) if a.shape != b.shape else ...
-            np.testing.assert_allclose(a[inner] if a.size > b.size else a, b[inner] if b.size > a.size else b, rtol=1e-9, atol=1e-12, err_msg=name)
+            np.testing.assert_allclose(
+                a[inner] if a.size > b.size else a, b[inner] if b.size > a.size else b, rtol=1e-9, atol=1e-12, err_msg=name
+            )
     measure.table(times, reference="shmarray")
 
 
@@ -284,7 +285,9 @@ def grayscott():
         cases["JAX jit"] = lambda n: by_jax(jax, jax_step, state, n)
 
     cases["dask map_overlap"] = lambda n: by_dask(lambda u, v: gray_scott(u, v, np), state, n, 1, "periodic")
-    compare(f"Gray-Scott, {n} x {n}, {steps} steps, periodic: a step", state, steps, cases, {"dask map_overlap": FEW_STEPS, "NumPy slices": 10})
+    compare(
+        f"Gray-Scott, {n} x {n}, {steps} steps, periodic: a step", state, steps, cases, {"dask map_overlap": FEW_STEPS, "NumPy slices": 10}
+    )
 
 
 def tiny():

@@ -19,7 +19,7 @@ from scheduler.executors.processes import pickle_kernels
 from scheduler.redo import Redo
 from scheduler.running import Host, Running
 from scheduler.task import Address, Buffer, Dependency, Layer, Outcome, Plan, Report
-from scheduler.worker import TaskContext, annotate
+from scheduler.worker import TaskContext, annotate, run_some
 
 __all__ = ["Prepared", "Spans", "Step", "chain", "with_pickles"]
 
@@ -27,7 +27,7 @@ Requires = Callable[[int, int], tuple[int, int]]
 
 
 class Spans:
-    """Which bytes of a buffer the tasks of a layer touch: task i all, or part, of [lows[i], highs[i])."""
+    """Which bytes of a buffer the tasks of a layer touch: task i all, or part, of [lows[i], highs[i]); nothing where that is empty."""
 
     __slots__ = ("highs", "highs_before", "lows", "lows_behind")
 
@@ -43,11 +43,14 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan, and for each of its layers which bytes of the buffers it reads, and writes, each task touches (None: any of them)."""
+    """A plan, and for each of its layers which bytes of the buffers it reads, and writes, each task touches.
+
+    Several `Spans` where these lie far apart, as both ends of an array that has none; None: any bytes.
+    """
 
     plan: Plan
-    reads: tuple[Mapping[int, Spans | None], ...]
-    writes: tuple[Mapping[int, Spans | None], ...]
+    reads: tuple[Mapping[int, tuple[Spans, ...] | None], ...]
+    writes: tuple[Mapping[int, tuple[Spans, ...] | None], ...]
 
 
 def with_pickles(step: Step) -> Step:
@@ -59,8 +62,8 @@ def with_pickles(step: Step) -> Step:
 class _Uses:
     """Who touched a buffer of a chain: layers, with the spans of their tasks."""
 
-    writers: list[tuple[int, Spans | None]]
-    readers: list[tuple[int, Spans | None]]
+    writers: list[tuple[int, tuple[Spans, ...] | None]]
+    readers: list[tuple[int, tuple[Spans, ...] | None]]
 
 
 def chain(steps: Sequence[Step]) -> Plan:
@@ -89,7 +92,7 @@ def chain(steps: Sequence[Step]) -> Plan:
                 if mine[buffer] in uses:
                     _wait(after, uses[mine[buffer]].writers, spans)
                     _wait(after, uses[mine[buffer]].readers, spans)
-            dependencies = [Dependency(layer, None if each is None else _all_of(each)) for layer, each in sorted(after.items())]
+            dependencies = [Dependency(at, one) for at, each in sorted(after.items()) for one in ([None] if each is None else each)]
             dependencies += [Dependency(first + d.layer, d.requires) for d in layer.dependencies]
             reads, writes = (tuple(dict.fromkeys(mine[b] for b in some)) for some in (layer.reads, layer.writes))
             if index in step.plan.pickles:
@@ -113,31 +116,27 @@ def chain(steps: Sequence[Step]) -> Plan:
     )
 
 
-def _wait(after: dict[int, list[Requires] | None], others: list[tuple[int, Spans | None]], mine: Spans | None) -> None:
+def _wait(
+    after: dict[int, list[Requires] | None], others: list[tuple[int, tuple[Spans, ...] | None]], mine: tuple[Spans, ...] | None
+) -> None:
     """Have a layer, whose tasks touch ``mine``, wait for those that touched the same bytes; None: for a whole layer."""
     for layer, theirs in others:
         if mine is None or theirs is None:
             after[layer] = None
             continue
-        low, high = theirs.meeting(min(mine.lows), max(mine.highs))
-        each = after.setdefault(layer, []) if low < high else None
-        if each is not None:
-            each.append(_requires(mine, theirs))
+        for one in mine:
+            for other in theirs:
+                low, high = other.meeting(min(one.lows), max(one.highs))
+                each = after.setdefault(layer, []) if low < high else None
+                if each is not None:
+                    each.append(_requires(one, other))
 
 
 def _requires(mine: Spans, theirs: Spans) -> Requires:
     def requires(start: int, stop: int) -> tuple[int, int]:
-        return theirs.meeting(min(mine.lows[start:stop]), max(mine.highs[start:stop]))
-
-    return requires
-
-
-def _all_of(each: list[Requires]) -> Requires:
-    """Return the smallest range that holds those of several; at least one task, for nothing is begun before a layer it waits for is."""
-
-    def requires(start: int, stop: int) -> tuple[int, int]:
-        ranges = [(low, high) for low, high in (one(start, stop) for one in each) if low < high]
-        return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else (0, 1)
+        # Of tasks that meet none: one, for nothing is begun before a layer that it waits for is.
+        low, high = theirs.meeting(min(mine.lows[start:stop]), max(mine.highs[start:stop]))
+        return (low, high) if low < high else (min(low, len(theirs.lows) - 1), min(low, len(theirs.lows) - 1) + 1)
 
     return requires
 
@@ -169,9 +168,10 @@ class Prepared:
         layer, task = self.plan.layers[0] if self.plan.layers else None, 0
         try:
             for layer, function in zip(self.plan.layers, self.bound, strict=True):
-                for task in range(layer.ntasks):
+                task = 0
+                while task < layer.ntasks:
                     faults.point("task")
-                    function(task)
+                    task = run_some(function, task, layer.ntasks)
         except Exception as error:
             assert layer is not None
             annotate(error, layer, task)

@@ -25,7 +25,7 @@ from scheduler.state import (
     Submitted,
 )
 from scheduler.task import Address, Outcome, Plan, Progress, Report
-from scheduler.worker import TaskContext, annotate, contain, settled, unpack_error
+from scheduler.worker import TaskContext, annotate, contain, run_some, settled, unpack_error
 
 if TYPE_CHECKING:
     from scheduler.extents import Extent
@@ -247,12 +247,12 @@ class Lane:
                 function = self.bound[key] = running.plan.layers[command.layer].kernel.bind(context)
             is_bound = True
             faults.point("bound")
-            for task in range(command.start, command.stop):
+            while task < command.stop:
                 if running.is_stopping:
                     return RangeStopped(command.worker, command.run_id, task)
                 self.redo.begin(task, command.step if task == command.start else 0)
                 faults.point("task")
-                function(task)
+                task = run_some(function, task, command.stop)
                 faults.point("ran")
         except BaseException as error:
             told = error if interruptible and isinstance(error, KeyboardInterrupt) else contain(error)

@@ -85,7 +85,11 @@ class Kernel(Protocol):
     """The work of a layer; it travels by cloudpickle, holds no addresses, and is the same bytes for the same work."""
 
     def bind(self, context: Context) -> Callable[[int], None]:
-        """Return the function that runs task ``i``; called once per process, plan and layer."""
+        """Return the function that runs task ``i``; called once per process, plan and layer.
+
+        Where several tasks are done sooner together than one after the other, it has an attribute ``many(start, stop)`` that does so. One
+        that raises has done none of them, or can do them again.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ IN_WORKER = False  # True in a worker process: a nested run then happens inline
 CANCEL_WORDS = 1024
 WORDS_PER_SLOT = 8  # 64 bytes: no two workers write one cache line
 PACKET_NBYTES = 1 << 16
+MOST_TOGETHER = 8  # tasks: enough that what a call costs is lost in them, few enough to stop between
 MOST_KERNELS = 256
 MOST_KERNEL_NBYTES = 64 << 20
 MOST_ERROR_NBYTES = 64 << 20  # beyond, an exception does not travel, only what it says
@@ -89,6 +90,18 @@ class TaskContext:
     def warn(self, category: str, message: str, line: str = "") -> None:
         """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
         self._warnings[category, message, line] = None
+
+
+def run_some(function: Callable[[int], None], task: int, stop: int) -> int:
+    """Run ``task``, and those behind it that go together with it where a kernel can do several at once; return the first not run."""
+    many = getattr(function, "many", None)
+    upto = min(stop, task + MOST_TOGETHER)
+    if many is not None and upto - task > 1 and faults.ARMED is None:  # faults are counted by task
+        with contextlib.suppress(Exception):  # one after the other tells which of them it was
+            many(task, upto)
+            return upto
+    function(task)
+    return task + 1
 
 
 def annotate(error: BaseException, layer: Layer, task: int, trace: str = "") -> BaseException:
@@ -308,12 +321,12 @@ class _Process:
                 function, warned = self.bind(plan_id, layer, setup)
                 faults.point("bound")
                 words[cursor + 2] = is_binding = 0
-                for task in range(start, stop):
+                while task < stop:
                     if words[cancel] == plan_id or _forked:
                         break
                     redo.begin(task, step if task == start else 0)
                     faults.point("task")
-                    function(task)
+                    task = run_some(function, task, stop)
                     faults.point("ran")
                 else:
                     # All done: should this process die before the driver hears of it, nothing has to run again.

@@ -8,6 +8,7 @@ Never put here: what an engine does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from scheduler.limits import format_bytes
 from scheduler.task import Kernel
 from shmarray.config import config
 from shmarray.kernels.numpy import MapKernel
+from shmarray.kernels.parts import PartsKernel
 from shmarray.kernels.reduce import FinishKernel, ReduceKernel
 
 __all__ = ["COMPILING_PAYS_NBYTES", "engine_for", "plain_kernel", "why_not_compiled"]
@@ -55,7 +57,7 @@ def _lacks_llvmlite() -> str:
 def _choose(kernel: Any, nbytes: float, is_remote: Callable[[int], bool]) -> tuple[Any, str]:
     if isinstance(kernel, FinishKernel):
         return kernel, "folding partial results never is"
-    if not isinstance(kernel, (MapKernel, ReduceKernel)):
+    if not isinstance(kernel, (MapKernel, ReduceKernel, PartsKernel)):
         return kernel, "only chains of operations and reductions are"
     if config.engine == "numpy":
         return kernel, "engine='numpy'"
@@ -69,6 +71,8 @@ def _choose(kernel: Any, nbytes: float, is_remote: Callable[[int], bool]) -> tup
     from shmarray.kernels.llvm import engine  # needs llvmlite, and takes 0.1 s
 
     try:
+        if isinstance(kernel, PartsKernel):  # all of them or none: engines differ in the last bits
+            return replace(kernel, parts=engine.compiled_parts(kernel.parts, is_remote)), ""
         return engine.compiled(kernel, is_remote), ""
     except engine.NotLowered as error:
         return kernel, str(error)

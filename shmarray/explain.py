@@ -20,6 +20,7 @@ from scheduler.task import DRIVER, Layer
 from shmarray.compute import current_pool
 from shmarray.config import config
 from shmarray.handle import Handle
+from shmarray.kernels.parts import PartsKernel
 from shmarray.kernels.program import Apply, Operand
 from shmarray.kernels.sources import BlockKernel, ForeignSource
 from shmarray.plan import LayerOutline, Outline, Space, outline
@@ -138,6 +139,8 @@ class _Writer:
         sizes = tuple(piece.stop - piece.start for piece in first)
         tasks = "1 task" if layer.ntasks == 1 else f"{layer.ntasks:,} tasks of {sizes}"
         where = f"{tasks} over {tuple(piece.stop for piece in last)}"
+        if isinstance(kernel, PartsKernel) and len(kernel.parts) > 1:
+            where += f", in {len(kernel.parts)} parts"
         if layer.place == "driver":
             where += ", in this process: no other can read the source" if _foreign(told) else ", in this process: sooner done than sent"
         return ("numpy", f"{where}; not compiled: {told.why_not_compiled}") if told.why_not_compiled else ("llvm", where)
@@ -229,6 +232,8 @@ def _assembly(layer: Layer, told: LayerOutline) -> list[str]:
     from shmarray.kernels.llvm.engine import assembly  # needs llvmlite, and takes 0.1 s
 
     kernel: Any = layer.kernel
+    if isinstance(kernel, PartsKernel):
+        kernel = kernel.largest
     return ["", *assembly(kernel).splitlines()]
 
 

@@ -19,7 +19,7 @@ from shmarray.expr import Elementwise, Expr, Fill, Foreign, Held, InMemory, Resh
 from shmarray.ops.table import row_for
 from shmarray.region import IndexMap, reshape_strides
 
-__all__ = ["Optimised", "optimise", "substitute", "weight_below"]
+__all__ = ["RECOMPUTE_LIMIT", "Demand", "Optimised", "compose", "for_input", "optimise", "substitute", "viewed", "weight_below"]
 
 RECOMPUTE_LIMIT = 24  # additions per element: up to here computing again beats writing and reading memory
 
@@ -62,12 +62,12 @@ def optimise(roots: tuple[Expr, ...]) -> Optimised:
         wanted = demands[node]
         if isinstance(node, View):
             for demand in wanted:
-                demands[node.x][_compose(demand, node.map, node.x)] = None
+                demands[node.x][compose(demand, node.map, node.x)] = None
         elif isinstance(node, Elementwise) and (len(wanted) == 1 or weights[node] * len(wanted) <= RECOMPUTE_LIMIT):
             pushed.add(node)
             for demand in wanted:
                 for x in node.inputs:
-                    demands[x][_for_input(demand, x, node)] = None
+                    demands[x][for_input(demand, x, node)] = None
         else:
             for x in node.inputs:
                 demands[x][None] = None
@@ -84,12 +84,14 @@ def optimise(roots: tuple[Expr, ...]) -> Optimised:
     return Optimised(tuple(done[root, None] for root in roots), frozenset(kept))
 
 
-def _compose(demand: Demand, inner: IndexMap, x: Expr) -> Demand:
+def compose(demand: Demand, inner: IndexMap, x: Expr) -> Demand:
+    """Return what of ``x`` is demanded where ``demand`` is of its view ``inner``."""
     composed = inner if demand is None else demand.after(inner)
     return None if composed.is_identity(x.shape) else composed
 
 
-def _for_input(demand: Demand, x: Expr, node: Expr) -> Demand:
+def for_input(demand: Demand, x: Expr, node: Expr) -> Demand:
+    """Return what of its operand ``x`` is demanded where ``demand`` is of an elementwise node."""
     if demand is None:
         return None
     mine = demand.for_operand(x.shape, node.shape)
@@ -99,9 +101,9 @@ def _for_input(demand: Demand, x: Expr, node: Expr) -> Demand:
 def _rebuild(node: Expr, demand: Demand, done: dict[tuple[Expr, Demand], Expr], push: bool) -> Expr:
     match node:
         case View():
-            return done[node.x, _compose(demand, node.map, node.x)]
+            return done[node.x, compose(demand, node.map, node.x)]
         case Elementwise() if push:
-            args = tuple(done[a, _for_input(demand, a, node)] if isinstance(a, Expr) else a for a in node.args)
+            args = tuple(done[a, for_input(demand, a, node)] if isinstance(a, Expr) else a for a in node.args)
             if demand is None and args == node.args:
                 return node
             shape = node.shape if demand is None else demand.shape
@@ -111,12 +113,12 @@ def _rebuild(node: Expr, demand: Demand, done: dict[tuple[Expr, Demand], Expr], 
         case Reshape():
             base = _reshaped(done[node.x, None], node.shape)
             if demand is not None and isinstance(base, Elementwise):
-                return _push(base, demand.shape, lambda leaf: _viewed(leaf, demand))
-            return _viewed(base, demand)
+                return _push(base, demand.shape, lambda leaf: viewed(leaf, demand))
+            return viewed(base, demand)
         case _ if node.inputs:
-            return _viewed(_with_inputs(node, {x: done[x, None] for x in node.inputs}), demand)
+            return viewed(_with_inputs(node, {x: done[x, None] for x in node.inputs}), demand)
         case _:
-            return _viewed(node, demand)
+            return viewed(node, demand)
 
 
 def _with_inputs(node: Expr, new: dict[Expr, Expr]) -> Expr:
@@ -143,7 +145,7 @@ def substitute(roots: Sequence[Expr], new: dict[Expr, Expr]) -> list[Expr]:
     return [done[root] for root in roots]
 
 
-def _viewed(node: Expr, demand: Demand) -> Expr:
+def viewed(node: Expr, demand: Demand) -> Expr:
     """Return a view of a node, as an address where its bytes are stored already."""
     if demand is None:
         return node
@@ -202,7 +204,7 @@ def _reshaped(x: Expr, shape: tuple[int, ...]) -> Expr:
         axes = tuple((next(source), 1) if n != 1 else (-1, 0) for n in shape)
         map = IndexMap(shape, (0,) * len(x.shape), axes)
         if not isinstance(x, Elementwise):
-            return _viewed(x, map)
+            return viewed(x, map)
     if isinstance(x, Elementwise) and _leaves_reshape(x, shape):
         return _push(x, shape, lambda leaf: _reshaped(leaf, shape))
     return make(Reshape, shape, x.dtype, x)

@@ -13,6 +13,7 @@ import numpy as np
 from scheduler.task import Address, Layer, Outcome, Plan, Progress
 from shmarray.engines import plain_kernel
 from shmarray.kernels.numpy import MapKernel
+from shmarray.kernels.parts import PartsKernel
 from shmarray.storage import Layout, Storage
 
 __all__ = ["Damage", "damage_of"]
@@ -81,7 +82,7 @@ def _look_at(
     half |= {task for n, task, _ in progress.steps if n == number}
     ndone = sum(stop - start for start, stop in done)
     kernel = plain_kernel(layer.kernel)
-    stored = kernel.program.stores if isinstance(kernel, MapKernel) else ()
+    stored = kernel.program.stores if isinstance(kernel, MapKernel) else kernel.outs if isinstance(kernel, PartsKernel) else ()
     out = next((o for o in stored if plan.buffers[o.buffer].address == address), None)
     mine = storage.cells_of(layout if out is None else Layout(out.offset, out.shape, out.strides, out.dtype))
     if ndone == layer.ntasks:
@@ -93,7 +94,7 @@ def _look_at(
     if out is None or layer.ntasks > MOST_TASKS_LOOKED_AT:
         torn.update(dict.fromkeys(mine, _why(layer)))
         return
-    assert isinstance(kernel, MapKernel)
+    assert isinstance(kernel, (MapKernel, PartsKernel))
     is_done = np.zeros(layer.ntasks, bool)
     for start, stop in done:
         is_done[start:stop] = True

@@ -45,7 +45,9 @@ from shmarray.expr import (
     postorder,
 )
 from shmarray.fuse import ProgramWriter, broadcast_operand, crossing_axes, is_leaf, memory_order
+from shmarray.hoist import MOST_BOXES, hoist
 from shmarray.kernels.numpy import MOST_STAGED_ITEMS, MapKernel
+from shmarray.kernels.parts import PartsKernel
 from shmarray.kernels.program import NO_BUFFER, Load, Operand, Program, Register, Source, Store
 from shmarray.kernels.reduce import FinishKernel, ReduceKernel, ReduceSpec
 from shmarray.kernels.scan import CarryKernel, ScanKernel
@@ -53,7 +55,7 @@ from shmarray.kernels.sources import BlockKernel, BlockSource, ForeignSource, Pi
 from shmarray.ops.reductions_table import REDUCTIONS
 from shmarray.optimise import Optimised, optimise, weight_below
 from shmarray.passes import Division, Making, Pass, divide, inside, source_edges
-from shmarray.region import Box, IndexMap, c_strides
+from shmarray.region import Box, IndexMap, c_strides, full_box
 from shmarray.storage import Layout, Storage
 from shmarray.tiles import (
     BLOCK_ITEMS,
@@ -65,6 +67,7 @@ from shmarray.tiles import (
     edges_of,
     in_small_tiles,
     map_grid,
+    part_grid,
     reduction_grid,
     slab_sizes,
     walked_grid,
@@ -85,9 +88,11 @@ __all__ = [
     "outline",
 ]
 
+NDArray = np.ndarray[Any, Any]
 Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are reduced, None where nothing is
 BLOCKS_NBYTES = 16 * BLOCK_ITEMS * 8  # of scratch that every task may need, in a pool that has so much; else it is part of a constant
 ANY_ROOM = 0, math.inf  # see `Bindings`
+FAR = 1 << 62  # behind every byte
 FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
 SLAB_ITEMS = 1 << 20  # of a scan through a file: moved at once
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
@@ -153,7 +158,7 @@ def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> 
 def build_step(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> tuple[Step, Bindings]:
     """Return the plan that fills ``targets``, to be run so often that compiling always pays, and what its tasks touch."""
     builder = _built(roots, targets, pool, result_memory().empty, is_repeated=True)
-    reads = tuple(_spans(draft.loads, None if draft.is_made else draft.grid) for draft in builder.layers)
+    reads = tuple(_spans(draft.loads, None if draft.is_made else draft.grid, draft.places) for draft in builder.layers)
     writes = tuple(_spans(draft.stores, draft.grid) for draft in builder.layers)
     bindings = Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses), builder.room)
     return Step(builder.plan(), reads, writes), bindings
@@ -195,11 +200,19 @@ def make_result(target: Target, order: tuple[int, ...], empty: Empty | None = No
 
 def _built(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool, empty: Empty, *, is_repeated: bool = False) -> _Builder:
     optimised = optimise(tuple(roots))
+    if not _reads_targets(roots, targets):
+        optimised = hoist(optimised)
     builder = _filled(optimised, targets, pool, empty, is_spilling=False)
     if any(b.is_spilled for b in builder.buffers) and any(isinstance(layer.kernel, ScanKernel) for layer in builder.layers):
         builder = _filled(optimised, targets, pool, empty, is_spilling=True)
     builder.is_repeated = is_repeated
     return builder
+
+
+def _reads_targets(roots: Sequence[Expr], targets: Sequence[Target]) -> bool:
+    """Whether something is read of an array that is written: what does so at one place is computed in place, as it stands."""
+    written = {target.storage.identity for target in targets if target.storage is not None and not target.is_new}
+    return bool(written) and any(isinstance(n, Stored) and n.storage.identity in written for n in postorder(roots))
 
 
 def _filled(optimised: Optimised, targets: Sequence[Target], pool: Pool, empty: Empty, *, is_spilling: bool) -> _Builder:
@@ -223,6 +236,8 @@ def _may_fail(root: Expr) -> bool:
 def _memory_order_of(root: Expr) -> tuple[int, ...]:
     """Return the order of axes in memory for the values of ``root``: that of what it reads."""
     order: tuple[int, ...] | None = None
+    if isinstance(root, Assemble) and root.disjoint:  # as most of it lies
+        root = max(zip(root.pieces, root.maps, strict=True), key=lambda piece: math.prod(piece[1].shape))[0]
     if isinstance(root, Elementwise) and len(root.shape) > 1:
         chain = postorder([root], lambda n: n.inputs if isinstance(n, Elementwise) else ())
         strides = [_strides_of(n) for n in chain if n.shape == root.shape and not isinstance(n, Elementwise)]
@@ -260,6 +275,7 @@ class _LayerDraft:
     own_nbytes: int = 0  # what a task is worth without what is made within it, which may be unknown
     is_made: bool = False  # part of what it reads is made within its tasks, of loads of any shape
     beside: frozenset[int] = frozenset()  # earlier layers that write other parts of the same buffers
+    places: tuple[Box, ...] = ()  # where in the grid's space each of the loads is read, where that is not everywhere
     level: int = -1
     space: Space | None = None
 
@@ -728,6 +744,8 @@ class _Builder:
 
     def _emit_assembly(self, node: Assemble, out: Operand) -> None:
         """The pieces write straight into their part."""
+        if self._emit_parts(node, out):
+            return
         first = len(self.layers)
         for piece, map in zip(node.pieces, node.maps, strict=True):
             if math.prod(map.shape) == 0:
@@ -754,6 +772,46 @@ class _Builder:
                 program,
             )
         self.operands.setdefault(node, out)
+
+    def _emit_parts(self, node: Assemble, out: Operand) -> bool:
+        """One layer for pieces that lie side by side; False where there are many, or something made in the task gives one its tiles."""
+        straight = tuple((a, 1) for a in range(node.ndim))
+        pieces = [(piece, map) for piece, map in zip(node.pieces, node.maps, strict=True) if math.prod(map.shape)]
+        if not node.disjoint or not pieces or len(pieces) > MOST_BOXES or any(map.axes != straight for _, map in pieces):
+            return False
+        largest = max(range(len(pieces)), key=lambda k: math.prod(pieces[k][1].shape))
+        programs: list[Program] = []
+        for k, (piece, map) in enumerate(pieces):
+            writer = ProgramWriter(self.operand, map.shape)
+            writer.store(writer.add(piece), out.view(map))
+            programs.append(writer.program())
+            if programs[-1].made:
+                return False
+            if k == largest:
+                rate = writer.rate
+        order = memory_order(programs[largest].operands, node.ndim)
+        axes = order or tuple(range(node.ndim))
+        programs = [program.permuted(axes) for program in programs]
+        places = tuple(tuple(slice(map.offsets[a], map.offsets[a] + map.shape[a]) for a in axes) for _, map in pieces)
+        whole = out.permuted(axes)
+        grid = map_grid(whole.shape, crossing_axes(programs[largest].operands) if order is None else None)
+        kernels = tuple(MapKernel(program, part_grid(grid, place)) for program, place in zip(programs, places, strict=True))
+        loads = [(load, place) for program, place in zip(programs, places, strict=True) for load in program.loads]
+        self._add(
+            _LayerDraft(
+                PartsKernel(kernels, places, grid, (whole,)),
+                grid.ntasks,
+                "-".join(filter(None, [node.name, self._layer_name([pieces[largest][0]], "")])),
+                line_of(node),
+                grid,
+                tuple(load for load, _ in loads),
+                (whole,),
+                max(1, rate * grid.items_per_task),
+                places=tuple(place for _, place in loads),
+            )
+        )
+        self.operands.setdefault(node, out)
+        return True
 
     # --- made within the task --------------------------------------------------------------------------------------------
 
@@ -895,21 +953,28 @@ class _Builder:
             return None
         itemsize = target.dtype.itemsize
         per_task = math.prod(made.grid.sizes)
-        loads = [o for o in draft.loads if o.buffer == buffer]
+        everywhere = full_box(draft.grid.shape)
+        places = draft.places or (everywhere,) * len(draft.loads)
+        loads = [(o, place) for o, place in zip(draft.loads, places, strict=True) if o.buffer == buffer]
         grid, ntasks = draft.grid, made.ntasks
 
         def requires(start: int, stop: int) -> tuple[int, int]:
             low_box, high_box = grid.box(start), grid.box(stop - 1)
             low, high = None, None
-            for operand in loads:
+            for operand, place in loads:
                 first = last = operand.offset
-                for n, stride, a, b in zip(operand.shape, operand.strides, low_box, high_box, strict=True):
-                    ends = (0,) if n == 1 else (a.start * stride, (b.stop - 1) * stride)
+                for n, stride, a, b, here in zip(operand.shape, operand.strides, low_box, high_box, place, strict=True):
+                    from_, to = max(a.start, here.start) - here.start, min(b.stop, here.stop) - here.start
+                    if from_ >= to:
+                        break  # none of these tasks has something of where it is read
+                    ends = (0,) if n == 1 else (from_ * stride, (to - 1) * stride)
                     first += min(ends)
                     last += max(ends)
-                low = first if low is None else min(low, first)
-                high = last if high is None else max(high, last)
-            assert low is not None and high is not None
+                else:
+                    low = first if low is None else min(low, first)
+                    high = last if high is None else max(high, last)
+            if low is None or high is None:
+                return 0, 0
             base = target.offset
             return (low - base) // itemsize // per_task, min(ntasks, (high - base) // itemsize // per_task + 1)
 
@@ -1005,26 +1070,51 @@ class _Builder:
         return Outline(self.plan(), layers, tuple(target.buffer for target in self.targets), owners)
 
 
-def _spans(operands: Iterable[Operand], grid: Grid | None) -> dict[int, Spans | None]:
-    """Return, per buffer, which bytes each task of a layer touches through ``operands``; None where that is not known."""
-    by_buffer = itertools.groupby(sorted(operands, key=lambda o: o.buffer), key=lambda o: o.buffer)
-    return {buffer: None if grid is None else _spans_of(list(some), grid) for buffer, some in by_buffer}
+def _spans(operands: Sequence[Operand], grid: Grid | None, places: Sequence[Box] = ()) -> dict[int, tuple[Spans, ...] | None]:
+    """Return, per buffer, which bytes each task of a layer touches through ``operands``; None where that is not known.
 
-
-def _spans_of(operands: list[Operand], grid: Grid) -> Spans | None:
-    if any(len(o.shape) != len(grid.shape) for o in operands):
-        return None
-    if any(m not in (1, n) for o in operands for m, n in zip(o.shape, grid.shape, strict=True)):
-        return None
+    ``places``: where in the grid's shape operands belong that are read in a part of it.
+    """
+    if grid is None:
+        return {o.buffer: None for o in operands}
+    whole = tuple(slice(0, n) for n in grid.shape)
+    by_buffer: dict[int, list[tuple[Operand, Box]]] = {}
+    for operand, place in zip(operands, places or itertools.repeat(whole)):
+        by_buffer.setdefault(operand.buffer, []).append((operand, place))
     boxes = [grid.box(k) for k in range(grid.ntasks)]
-    starts = np.array([[s.start for s in box] for box in boxes]).reshape(len(boxes), -1)
-    lasts = np.array([[s.stop - 1 for s in box] for box in boxes]).reshape(len(boxes), -1)
+    starts = np.array([[s.start for s in box] for box in boxes], np.int64).reshape(len(boxes), -1)
+    stops = np.array([[s.stop for s in box] for box in boxes], np.int64).reshape(len(boxes), -1)
+    return {buffer: _spans_of(some, starts, stops) for buffer, some in by_buffer.items()}
+
+
+def _spans_of(operands: list[tuple[Operand, Box]], starts: NDArray, stops: NDArray) -> tuple[Spans, ...] | None:
+    """Return where operands lie that tasks read from ``starts`` to ``stops``: with what lies far from the rest of a task's apart."""
     lows, highs = [], []
-    for o in operands:
+    for o, place in operands:
+        if len(o.shape) != len(place) or any(m not in (1, p.stop - p.start) for m, p in zip(o.shape, place, strict=True)):
+            return None
+        begin = np.array([p.start for p in place], np.int64)
+        first = np.maximum(starts - begin, 0)
+        last = np.minimum(stops, [p.stop for p in place]) - 1 - begin
         strides = np.array([0 if n == 1 else stride for n, stride in zip(o.shape, o.strides, strict=True)], np.int64)
-        lows.append(o.offset + np.minimum(starts * strides, lasts * strides).sum(axis=1))
-        highs.append(o.offset + np.maximum(starts * strides, lasts * strides).sum(axis=1) + o.dtype.itemsize)
-    return Spans(np.min(lows, axis=0).tolist(), np.max(highs, axis=0).tolist())
+        touched = (first <= last).all(axis=1)
+        low = o.offset + np.minimum(first * strides, last * strides).sum(axis=1)
+        high = o.offset + np.maximum(first * strides, last * strides).sum(axis=1) + o.dtype.itemsize
+        lows.append(np.where(touched, low, FAR))
+        highs.append(np.where(touched, high, -1))
+    order = np.argsort(lows, axis=0, kind="stable")
+    low, high = np.take_along_axis(np.array(lows), order, 0), np.take_along_axis(np.array(highs), order, 0)
+    reached = np.maximum.accumulate(high, axis=0)
+    gaps = np.where(low[1:] < FAR, low[1:] - reached[:-1], 0)
+    task = np.arange(low.shape[1])
+    cut = gaps.argmax(axis=0) + 1 if len(gaps) else np.ones(low.shape[1], np.int64)  # the first operand behind the widest gap
+    is_cut = gaps[cut - 1, task] > 0 if len(gaps) else np.zeros(low.shape[1], bool)
+    ends = np.where(is_cut, reached[cut - 1, task], reached[-1])
+    near = Spans(low[0].tolist(), ends.tolist())
+    if not is_cut.any():
+        return (near,)
+    after = np.where(is_cut, low[np.minimum(cut, len(low) - 1), task], FAR)
+    return near, Spans(after.tolist(), np.where(is_cut, reached[-1], -1).tolist())
 
 
 def _copies_nbytes(draft: _LayerDraft, is_spilled: Callable[[int], bool]) -> int:
@@ -1038,7 +1128,10 @@ def _copies_nbytes(draft: _LayerDraft, is_spilled: Callable[[int], bool]) -> int
         return 0
     most = MOST_STAGED_ITEMS * (2 if isinstance(kernel, (ReduceKernel, ScanKernel)) else 1)  # compiled ones take larger pieces
     items = min(math.prod(draft.grid.sizes), most)
-    staged = sum(items * o.dtype.itemsize for o in dict.fromkeys((*draft.loads, *draft.stores)) if is_spilled(o.buffer))
+    operands = (*draft.loads, *draft.stores)
+    if isinstance(kernel, PartsKernel):  # of one part at a time
+        operands = (*kernel.program.loads, *kernel.program.stores)
+    staged = sum(items * o.dtype.itemsize for o in dict.fromkeys(operands) if is_spilled(o.buffer))
     made = 0
     for operand in kernel.program.made if isinstance(kernel, (MapKernel, ReduceKernel)) else ():
         if isinstance(operand.source, BlockSource):

@@ -18,11 +18,13 @@ from shmarray.region import Box
 __all__ = [
     "Edges",
     "Grid",
+    "PartGrid",
     "block_sizes",
     "blocks",
     "edges_of",
     "in_small_tiles",
     "map_grid",
+    "part_grid",
     "reduction_grid",
     "slab_sizes",
     "walked_grid",
@@ -66,6 +68,11 @@ class Grid:
     def block_sizes(self) -> tuple[int, ...]:
         """The sizes of the cache blocks that a tile is worked through in."""
         return slab_sizes(self.sizes, BLOCK_ITEMS) if self.inner is None else self.inner
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether every box begins at a multiple of ``sizes``."""
+        return self.edges is None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -133,6 +140,49 @@ class Grid:
         if not cut:
             return -1
         return cut[0] if len(cut) == 1 and all(n == 1 for n in self.shape[: cut[0]]) else None
+
+
+@dataclass(frozen=True, slots=True)
+class PartGrid(Grid):
+    """What the boxes of ``whole`` have of a part of its shape that begins at ``low``, under their numbers; some may have nothing.
+
+    Indices are the part's own; ``sizes`` are those of the largest such box, and all of an axis only where no box has less of it.
+    """
+
+    whole: Grid = Grid((), ())
+    low: tuple[int, ...] = ()
+
+    @property
+    def is_regular(self) -> bool:
+        return False
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.whole.counts
+
+    def box(self, index: int) -> Box:
+        return tuple(
+            [
+                slice(min(max(piece.start - low, 0), n), min(max(piece.stop - low, 0), n))
+                for piece, low, n in zip(self.whole.box(index), self.low, self.shape, strict=True)
+            ]
+        )
+
+
+def part_grid(whole: Grid, part: Box) -> PartGrid:
+    """Return the grid of a part of the shape of a regular grid."""
+    shape = tuple(piece.stop - piece.start for piece in part)
+    sizes = tuple(_largest_piece(piece.start, piece.stop, size) for piece, size in zip(part, whole.sizes, strict=True))
+    inner = None if whole.inner is None else tuple(min(n, size) for n, size in zip(whole.inner, sizes, strict=True))
+    return PartGrid(shape, sizes, inner, whole=whole, low=tuple(piece.start for piece in part))
+
+
+def _largest_piece(start: int, stop: int, size: int) -> int:
+    """Return how much of ``start:stop`` lies at most between two multiples of ``size``."""
+    first, last = start // size, (stop - 1) // size
+    if first == last:
+        return stop - start
+    return size if last - first > 1 else max(size - start % size, (stop - 1) % size + 1)
 
 
 def edges_of(sizes: tuple[tuple[int, ...], ...]) -> Edges:

@@ -44,7 +44,7 @@ storage kernels.program
 handle travel
 shared_memory
 shared optimise kernels.numpy fuse
-kernels.reduce kernels.scan kernels.sources passes
+kernels.reduce kernels.scan kernels.sources kernels.parts hoist passes
 kernels.llvm.kernel
 kernels.llvm.engine
 engines
@@ -55,7 +55,7 @@ explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
-ops.linalg iterate
+ops.linalg ops.padding iterate
 array
 __init__ doctor
 __main__
@@ -76,6 +76,7 @@ DOORS = {
         "templates",
         "engines",
         "kernels.numpy",
+        "kernels.parts",
         "kernels.reduce",
         "kernels.scan",
         "kernels.sources",

@@ -32,6 +32,7 @@ __all__ = [
     "Redone",
     "Staged",
     "Tiled",
+    "Together",
     "fill_reader",
     "floating_state",
     "open_window",
@@ -192,6 +193,18 @@ def put(window: Window | Tiled, box: Box, values: NDArray) -> None:
         part.write(np.broadcast_to(values, part.shape).astype(part.dtype, copy=False))
     else:
         np.copyto(window[box], values, casting="unsafe")
+
+
+class Together:
+    """A function that runs a task, and one that runs several as if they were one."""
+
+    __slots__ = ("many", "one")
+
+    def __init__(self, one: Callable[[int], None], many: Callable[[int, int], None]) -> None:
+        self.one, self.many = one, many
+
+    def __call__(self, index: int) -> None:
+        self.one(index)
 
 
 class Evaluator:

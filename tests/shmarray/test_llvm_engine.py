@@ -39,7 +39,8 @@ def kernels_of(*arrays: Any) -> list[Any]:
 
 
 def is_compiled(*arrays: Any) -> bool:
-    return isinstance(kernels_of(*arrays)[0], CompiledKernel)
+    kernel = kernels_of(*arrays)[0]
+    return all(isinstance(part, CompiledKernel) for part in getattr(kernel, "parts", (kernel,)))
 
 
 def values(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray[Any, Any]:

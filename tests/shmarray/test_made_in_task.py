@@ -149,7 +149,7 @@ def test_alone_they_are_written_straight_into_the_result() -> None:
     x = sa.array(VALUES, chunks=(100, 100))
 
     assert [layer.ntasks for layer in plan(x.map_blocks(np.sin)).layers] == [30]
-    assert [layer.name for layer in plan(sa.concatenate([x, x])).layers] == ["concatenate", "concatenate"]
+    assert [layer.name for layer in plan(sa.concatenate([x, x])).layers] == ["concatenate"]
     assert temporaries(x.map_blocks(np.sin)) == temporaries(sa.concatenate([x, x])) == 0
 
 

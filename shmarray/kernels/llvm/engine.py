@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,9 +36,9 @@ from shmarray.kernels.numpy import MapKernel
 from shmarray.kernels.program import Apply, Constant, FillStep, Load, Operand, Program, Store
 from shmarray.kernels.reduce import ReduceKernel
 from shmarray.region import c_strides
-from shmarray.tiles import slab_sizes
+from shmarray.tiles import PartGrid, slab_sizes
 
-__all__ = ["NotLowered", "assembly", "compiled"]
+__all__ = ["NotLowered", "assembly", "compiled", "compiled_parts"]
 
 PIECE_ITEMS = 1 << 15  # what goes through scratch at once: it stays in cache
 STAGED_ITEMS = 1 << 17  # from the driver's memory: one system call for a megabyte
@@ -50,8 +50,18 @@ REDUCED_ITEMS = 1 << 20  # of a reduction's tile: so that what is copied stays s
 
 def compiled(plain: PlainKernel, is_remote: Callable[[int], bool]) -> CompiledKernel:
     """Return the compiled form of a kernel. ``is_remote``: whether a buffer lies in the driver's memory. Raises NotLowered."""
-    draft = _Draft(plain, is_remote)
-    structure = draft.structure()
+    return _finished(_Draft(plain, is_remote))
+
+
+def compiled_parts(parts: Sequence[MapKernel], is_remote: Callable[[int], bool]) -> tuple[CompiledKernel, ...]:
+    """Return the compiled forms of the parts of one space. Where they can, all go through the loops of the largest: one code."""
+    largest = max(parts, key=lambda part: part.grid.items_per_task)
+    nest = _Draft(largest, is_remote).nest
+    return tuple(_finished(_Draft(part, is_remote, None if part is largest else nest)) for part in parts)
+
+
+def _finished(draft: _Draft) -> CompiledKernel:
+    plain, structure = draft.plain, draft.structure()
     modes = [dict(step.errstate) for step in plain.program.steps if isinstance(step, Apply)]
     modes += [dict(spec.errstate) for spec in plain.specs] if isinstance(plain, ReduceKernel) else []
     if any(mode.get("under", "ignore") != "ignore" for mode in modes):
@@ -92,7 +102,7 @@ def _scratch_nbytes(s: Structure, most: int) -> int:
 class _Draft:
     """Turns a program into a structure: operands as the code sees them, scalars as arguments."""
 
-    def __init__(self, plain: PlainKernel, is_remote: Callable[[int], bool]) -> None:
+    def __init__(self, plain: PlainKernel, is_remote: Callable[[int], bool], like: Nest | None = None) -> None:
         program = self.program = plain.program
         self.plain = plain
         self.axes = plain.axes if isinstance(plain, ReduceKernel) else ()
@@ -132,6 +142,8 @@ class _Draft:
         if isinstance(plain, ReduceKernel):
             traffic = [replace(t, exact=True) for t in traffic]  # wherever operands lie, so that bits do not depend on it
         self.nest: Nest = choose_nest(program.shape, self.piece_sizes, traffic, self.lanes, self.axes)
+        if like is not None and like.holds(program.shape, self.piece_sizes, traffic):
+            self.nest = like
         self.ragged = tuple(k for k in sorted(remote) if not self.traffic[k].exact)
 
     def _traffic(self, number: int, o: Operand, is_copied: bool) -> Traffic:
@@ -139,7 +151,9 @@ class _Draft:
             sizes = [1 if n == 1 else size for n, size in zip(o.shape, self.plain.grid.sizes, strict=True)]
             ordered = c_strides(sizes, o.dtype.itemsize)
             return Traffic(tuple(0 if n == 1 else s for n, s in zip(o.shape, ordered, strict=True)), o.dtype.itemsize, is_copied=True)
-        strides = tuple(0 if n == 1 else stride for n, stride in zip(o.shape, o.strides, strict=True))
+        # A part that is one item wide has the strides of the others, though it does not move: so that the code is the same.
+        is_narrow = [n == 1 and isinstance(self.plain.grid, PartGrid) for n in self.program.shape]
+        strides = tuple(0 if n == 1 and not narrow else stride for n, stride, narrow in zip(o.shape, o.strides, is_narrow, strict=True))
         if not is_copied:
             return Traffic(strides, o.dtype.itemsize, offset=o.offset)
         moving = [n if stride else 1 for n, stride in zip(o.shape, strides, strict=True)]
@@ -173,7 +187,7 @@ class _Draft:
         shape, grid = self.program.shape, self.plain.grid
         if math.prod(shape) * dtype.itemsize < STREAMED_NBYTES or traffic.is_copied or traffic.offset % STRIP_ALIGNMENT:
             return False
-        if grid.edges is not None:
+        if not grid.is_regular:
             return False
         starts = [
             size * stride

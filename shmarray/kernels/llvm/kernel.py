@@ -26,7 +26,20 @@ from scheduler.task import Context
 from shmarray.kernels.llvm.objects import load
 from shmarray.kernels.llvm.steps import Steps
 from shmarray.kernels.llvm.structure import FLAGS, Arguments, Structure
-from shmarray.kernels.numpy import Evaluator, Made, MapKernel, Redone, Staged, Window, fill_reader, open_window, put, run_step, stage
+from shmarray.kernels.numpy import (
+    Evaluator,
+    Made,
+    MapKernel,
+    Redone,
+    Staged,
+    Together,
+    Window,
+    fill_reader,
+    open_window,
+    put,
+    run_step,
+    stage,
+)
 from shmarray.kernels.program import Apply, FillStep, Program, Store
 from shmarray.kernels.reduce import ReduceKernel, Tree, split_number
 from shmarray.ops.reductions_table import REDUCTIONS, Part
@@ -72,7 +85,8 @@ class CompiledKernel:
         return self.plain.grid
 
     def bind(self, context: Context) -> Callable[[int], None]:
-        return _Bound(self, context).run
+        bound = _Bound(self, context)
+        return Together(bound.run, bound.run_together) if bound.goes_together else bound.run
 
     def __reduce__(self) -> tuple[Any, ...]:
         short = replace(self, structure=replace(self.structure, steps=(), registers=()))  # what only the code depends on
@@ -137,6 +151,17 @@ class _Bound:
             self.run = self._run_in_pieces
         else:
             self.run = self._run_in_steps if s.updated else self._run_map
+        is_plain = not (self.made or self.fetched or self.flushed or self.fills or kernel.aside or s.updated)
+        # Tiles lie one behind the other along one axis, which the code has a loop for: not where every tile is one item of it wide.
+        along = kernel.grid.slab_axis() if isinstance(self.plain, MapKernel) else None
+        has_loop = any(along in axes for axes in kernel.loops)
+        self.goes_together = is_plain and has_loop and kernel.piece_sizes == kernel.grid.sizes
+
+    def run_together(self, start: int, stop: int) -> None:
+        """Run tasks that lie one behind the other as one piece."""
+        grid = self.plain.grid
+        first, last = grid.box(start), grid.box(stop - 1)
+        self._call(tuple([slice(a.start, b.stop) for a, b in zip(first, last, strict=True)]))
 
     def _use(self, number: int, window: np.ndarray[Any, Any]) -> None:
         """Enter an array that lies in this process for the whole run."""

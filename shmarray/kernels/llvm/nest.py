@@ -6,6 +6,7 @@ Never put here: LLVM, addresses.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ class Nest:
     @property
     def inner(self) -> Loop:
         return self.loops[-1]
+
+    def holds(self, shape: Sequence[int], sizes: Sequence[int], traffic: Sequence[Traffic]) -> bool:
+        """Whether these loops, found for a larger part of the same array, go over tiles of ``sizes`` of a part of ``shape`` as well."""
+        gone_through = {a for loop in self.loops for a in loop.axes}
+        if any(size > 1 and a not in gone_through for a, size in enumerate(sizes)):
+            return False
+        pairs = [pair for loop in self.loops for pair in itertools.pairwise(loop.axes)]
+        return all(sizes[b] == shape[b] and all(_runs_on(t, a, b, sizes[b]) for t in traffic) for a, b in pairs)
 
 
 def lanes_of(itemsizes: Sequence[int]) -> int:
