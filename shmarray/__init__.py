@@ -35,8 +35,9 @@ from shmarray.errors import (
     WorkerStartError,
 )
 from shmarray.explain import explain
-from shmarray.ops import creation, elementwise, linalg, padding, random, reductions, shaping
+from shmarray.ops import creation, elementwise, linalg, overlap, padding, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
+from shmarray.ops.overlap import map_overlap
 
 __version__ = "0.1.0"
 
@@ -76,9 +77,11 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "explain",
     "inf",
     "map_blocks",
+    "map_overlap",
     "nan",
     "newaxis",
     "normalize_chunks",
+    "overlap",
     "persist",
     "pi",
     "random",

@@ -54,7 +54,7 @@ explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
-ops.linalg ops.padding
+ops.linalg ops.padding ops.overlap
 array
 __init__ doctor
 __main__
