@@ -4,7 +4,7 @@
     x = sa.random.default_rng(0).random((20_000, 10_000)).persist()
     (x * 1.8 + 32).mean(axis=0).compute()
 
-Names and semantics are NumPy's; `chunks`, `compute`, `persist`, `rechunk` and `map_blocks` are dask's.
+Names and semantics are NumPy's; `chunks`, `compute`, `persist`, `rechunk`, `map_blocks` and `map_overlap` are dask's.
 """
 
 from __future__ import annotations
