@@ -4,7 +4,7 @@
     x = sa.random.default_rng(0).random((20_000, 10_000)).persist()
     (x * 1.8 + 32).mean(axis=0).compute()
 
-Names and semantics are NumPy's; `chunks`, `compute`, `persist`, `rechunk` and `map_blocks` are dask's.
+Names and semantics are NumPy's; `chunks`, `compute`, `persist`, `rechunk`, `map_blocks` and `map_overlap` are dask's.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from shmarray.errors import (
 )
 from shmarray.explain import explain
 from shmarray.iterate import Frame, iterate
-from shmarray.ops import creation, elementwise, linalg, padding, random, reductions, shaping
+from shmarray.ops import creation, elementwise, linalg, overlap, padding, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
+from shmarray.ops.overlap import map_overlap
 
 __version__ = "0.1.0"
 
@@ -79,9 +80,11 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "inf",
     "iterate",
     "map_blocks",
+    "map_overlap",
     "nan",
     "newaxis",
     "normalize_chunks",
+    "overlap",
     "persist",
     "pi",
     "random",

@@ -22,7 +22,7 @@ from shmarray.chunks import Chunks, chunk_box, normalize_chunks
 from shmarray.explain import Explanation, explain
 from shmarray.expr import Expr, line_of, postorder, user_line
 from shmarray.handle import Handle, as_handle, register, value_of, wrap, wrap_stored
-from shmarray.ops import blocks, creation, elementwise, linalg, reductions, shaping
+from shmarray.ops import blocks, creation, elementwise, linalg, overlap, reductions, shaping
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
 from shmarray.region import broadcast_shape, index_map
@@ -339,6 +339,11 @@ class Array(Handle):
     def map_blocks(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Array:
         """Return an array whose chunks are ``func`` of this one's; see `map_blocks`."""
         mapped: Array = blocks.map_blocks(func, self, *args, **kwargs)
+        return mapped
+
+    def map_overlap(self, func: Callable[..., Any], depth: Any, boundary: Any = None, trim: bool = True, **kwargs: Any) -> Array:
+        """Return an array whose chunks are ``func`` of this one's with items of their neighbours; see `map_overlap`."""
+        mapped: Array = overlap.map_overlap(func, self, depth=depth, boundary=boundary, trim=trim, **kwargs)
         return mapped
 
     @contextlib.contextmanager

@@ -95,6 +95,7 @@ ANY_ROOM = 0, math.inf  # see `Bindings`
 FAR = 1 << 62  # behind every byte
 FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
 SLAB_ITEMS = 1 << 20  # of a scan through a file: moved at once
+MOST_PARTS_TILES = 4  # a task calls the code of several parts, ten microseconds each: so many tiles make up for them
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
 
@@ -794,7 +795,8 @@ class _Builder:
         programs = [program.permuted(axes) for program in programs]
         places = tuple(tuple(slice(map.offsets[a], map.offsets[a] + map.shape[a]) for a in axes) for _, map in pieces)
         whole = out.permuted(axes)
-        grid = map_grid(whole.shape, crossing_axes(programs[largest].operands) if order is None else None)
+        across = crossing_axes(programs[largest].operands) if order is None else None
+        grid = map_grid(whole.shape, across, MOST_PARTS_TILES)
         kernels = tuple(MapKernel(program, part_grid(grid, place)) for program, place in zip(programs, places, strict=True))
         loads = [(load, place) for program, place in zip(programs, places, strict=True) for load in program.loads]
         self._add(

@@ -201,13 +201,15 @@ def slab_sizes(shape: tuple[int, ...], items: int) -> tuple[int, ...]:
     return tuple(reversed(sizes))
 
 
-def map_grid(shape: tuple[int, ...], across: tuple[int, int] | None = None) -> Grid:
+def map_grid(shape: tuple[int, ...], across: tuple[int, int] | None = None, most: int = 1) -> Grid:
     """Return the grid for filling an array of ``shape``: slabs, or squares in the two axes ``across``.
+
+    ``most``: slabs may be so many times as large, where enough remain.
 
     Squares are for operands whose memory runs along different axes: whichever way a line of cache goes, all of it is used.
     """
     if across is None:
-        return Grid(shape, slab_sizes(shape, TILE_ITEMS))
+        return Grid(shape, slab_sizes(shape, max(TILE_ITEMS, min(most * TILE_ITEMS, math.prod(shape) // ENOUGH_TASKS))))
     side, edge = math.isqrt(TILE_ITEMS), math.isqrt(BLOCK_ITEMS)
     sizes = tuple(min(max(n, 1), side) if a in across else 1 for a, n in enumerate(shape))
     return Grid(shape, sizes, tuple(min(n, edge) for n in sizes))

@@ -55,7 +55,7 @@ explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
-ops.linalg ops.padding iterate
+ops.linalg ops.padding ops.overlap iterate
 array
 __init__ doctor
 __main__

@@ -119,6 +119,8 @@ def _reader(program: Program, result: int | None, context: Context) -> Callable[
         window = open_window(context, program.operands[0])
 
         def lay(box: Box) -> NDArray:
+            if _is_empty(box):  # of a spilled array, or of the driver's, there is nothing to copy
+                return np.empty([s.stop - s.start for s in box], program.operands[0].dtype)
             part = window[box]
             array = part.read() if isinstance(part, Remote) else part.view()
             array.flags.writeable = False
@@ -130,11 +132,16 @@ def _reader(program: Program, result: int | None, context: Context) -> Callable[
 
     def compute(box: Box) -> NDArray:
         array = np.empty([s.stop - s.start for s in box], dtype)  # not scratch: a user's function may keep it
-        write(array, box)
+        if not _is_empty(box):
+            write(array, box)
         array.flags.writeable = False
         return array
 
     return compute
+
+
+def _is_empty(box: Box) -> bool:
+    return any(piece.stop <= piece.start for piece in box)
 
 
 def _writer(program: Program, result: int, context: Context) -> Fill:

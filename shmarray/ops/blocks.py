@@ -2,7 +2,7 @@
 
 Promises: the function sees read-only views of stored data or private arrays of computed data, one chunk at a time, in a worker.
 What it returns must have the shape of its chunk; the error names chunk, shapes and the user's line.
-Never put here: neighbours of chunks (``overlap``, to come).
+Never put here: neighbours of chunks (`overlap`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ from shmarray.handle import Handle, wrap
 from shmarray.ops.shaping import getitem
 from shmarray.region import Box, axis_tuple
 
-__all__ = ["BlockView", "map_blocks"]
+__all__ = ["BlockView", "MapBlocks", "map_blocks", "planned"]
 
 
-class _MapBlocks(BlockOperation):
-    """A user's function of one chunk of each array."""
+class MapBlocks(BlockOperation):
+    """A user's function of one chunk of each array; what it takes is what `planned` gives."""
 
     isolated = True
+    called = "map_blocks"
 
     def __init__(
         self,
@@ -47,21 +48,27 @@ class _MapBlocks(BlockOperation):
         self.sizes, self.axes, self.dtype, self.wants = sizes, axes, dtype, wants
         self.starts = [_starts(c) for c in sizes]
         self.input_starts = [[_starts(c) for c in chunks] for chunks in inputs]
-        self.name = f"map_blocks({getattr(function, '__name__', type(function).__name__)})"
+        self.name = f"{self.called}({getattr(function, '__name__', type(function).__name__)})"
 
     def grid(self) -> Chunks:
         return self.sizes
 
     def needs(self, at: Box) -> tuple[Box, ...]:
-        index = self._index(at)
-        result = []
-        for starts, axes in zip(self.input_starts, self.axes, strict=True):
-            box = []
-            for cuts, axis in zip(starts, axes, strict=True):
-                k = index[axis] if axis is not None and len(cuts) > 2 else 0
-                box.append(slice(cuts[k], cuts[k + 1]))
-            result.append(tuple(box))
-        return tuple(result)
+        return self._boxes(self._index(at))
+
+    def _boxes(self, index: tuple[int, ...]) -> tuple[Box, ...]:
+        """Return the box of the chunk of each input."""
+        return tuple(
+            tuple([slice(cuts[k], cuts[k + 1]) for cuts, k in zip(starts, chunk, strict=True)])
+            for starts, chunk in zip(self.input_starts, self._chunks(index), strict=True)
+        )
+
+    def _chunks(self, index: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Return the index of the chunk of each input that goes with a chunk of the result."""
+        return [
+            tuple([index[axis] if axis is not None and len(cuts) > 2 else 0 for cuts, axis in zip(starts, axes, strict=True)])
+            for starts, axes in zip(self.input_starts, self.axes, strict=True)
+        ]
 
     def asks_once(self, k: int) -> tuple[tuple[int, ...], ...] | None:
         several = {axis: len(starts) for axis, starts in enumerate(self.starts) if len(starts) > 2}
@@ -71,13 +78,18 @@ class _MapBlocks(BlockOperation):
         return tuple(tuple(cuts) for cuts in self.input_starts[k])
 
     def run(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
+        self._put(self._result(inputs, at), out, at)
+
+    def _result(self, inputs: Sequence[np.ndarray[Any, Any]], at: Box) -> np.ndarray[Any, Any]:
+        """Return what the function gives for arrays."""
         blocks = iter(inputs)
         args = [next(blocks) if a is None else a[0] for a in self.args]
         kwargs = self.kwargs
         if any(self.wants):
             kwargs = {**kwargs, **self._extras(at)}
-        result = self.function(*args, **kwargs)
-        result = np.asarray(result)
+        return np.asarray(self.function(*args, **kwargs))
+
+    def _put(self, result: np.ndarray[Any, Any], out: np.ndarray[Any, Any], at: Box) -> None:
         if result.shape != out.shape and (result.ndim != out.ndim or math.prod(result.shape) != 1):
             raise ValueError(
                 f"{self.name} gave shape {result.shape} for chunk {self._index(at)}, expected {out.shape}. Say what it gives with "
@@ -96,12 +108,12 @@ class _MapBlocks(BlockOperation):
         if self.wants[1]:
             info: dict[Any, Any] = {}
             arrays = [k for k, a in enumerate(self.args) if a is None]
-            for k, starts, box, axes in zip(arrays, self.input_starts, self.needs(at), self.axes, strict=True):
+            for k, starts, box, chunk in zip(arrays, self.input_starts, self._boxes(index), self._chunks(index), strict=True):
                 info[k] = {
                     "shape": tuple(s[-1] for s in starts),
                     "num-chunks": tuple(len(s) - 1 for s in starts),
                     "array-location": [(piece.start, piece.stop) for piece in box],
-                    "chunk-location": tuple(index[a] if a is not None and len(s) > 2 else 0 for s, a in zip(starts, axes, strict=True)),
+                    "chunk-location": chunk,
                 }
             info[None] = {
                 "shape": tuple(s[-1] for s in self.starts),
@@ -145,17 +157,35 @@ def map_blocks(
     >>> sa.map_blocks(lambda b: b[::-1], sa.arange(4, chunks=2), dtype=int).compute()
     array([1, 0, 3, 2])
     """
+    operation = MapBlocks(*planned("map_blocks", func, args, kwargs, dtype, chunks, drop_axis, new_axis))
+    shape = tuple(sum(s) for s in operation.sizes)
+    nodes = tuple(a.node for a in args if isinstance(a, Handle))
+    return wrap(make(Block, shape, operation.dtype, operation, nodes, ("map_blocks", operation)), operation.sizes)
+
+
+def planned(
+    called: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dtype: Any,
+    chunks: Any,
+    drop_axis: Any,
+    new_axis: Any,
+    probe: Sequence[tuple[int, ...]] | None = None,
+) -> tuple[Any, ...]:
+    """Return what `MapBlocks` takes. ``called``: the public function, for errors; ``probe``: shapes to find out the dtype with."""
     if not callable(func):
-        raise TypeError(f"map_blocks takes a function, got {type(func).__name__}: {func!r}")
+        raise TypeError(f"{called} takes a function, got {type(func).__name__}: {func!r}")
     arrays = [a for a in args if isinstance(a, Handle)]
     if not arrays and chunks is None:
-        raise ValueError("map_blocks without an array among its arguments needs chunks=")
+        raise ValueError(f"{called} without an array among its arguments needs chunks=")
     ndim = max((a.ndim for a in arrays), default=0)
     drops = sorted({int(k) % max(1, ndim) for k in (drop_axis if isinstance(drop_axis, (tuple, list)) else (drop_axis,))})
     grid = _common_grid(arrays, ndim)
     for k in drops:
         if len(grid[k]) > 1:
-            raise ChunkError(f"map_blocks(drop_axis={drop_axis}): axis {k} has {len(grid[k])} chunks; rechunk it to one first")
+            raise ChunkError(f"{called}(drop_axis={drop_axis}): axis {k} has {len(grid[k])} chunks; rechunk it to one first")
     kept = [k for k in range(ndim) if k not in drops]
     added = () if new_axis is None else tuple(new_axis) if isinstance(new_axis, (tuple, list)) else (new_axis,)
     news = sorted(axis_tuple(added, len(kept) + len(added)))
@@ -172,11 +202,13 @@ def map_blocks(
         sizes = tuple((1,) if k is None else grid[k] for k in origin)
     wants = _wants(func)
     axes = tuple(tuple(origin.index(k + ndim - a.ndim) if (k + ndim - a.ndim) in origin else None for k in range(a.ndim)) for a in arrays)
-    kind = checked_dtype(dtype) if dtype is not None else _inferred_dtype(func, args, kwargs, wants, len(sizes))
+    if dtype is not None:
+        kind = checked_dtype(dtype)
+    else:
+        shapes = [(1,) * a.ndim for a in arrays] if probe is None else probe
+        kind = _inferred_dtype(called, func, args, kwargs, wants, len(sizes), shapes)
     placed = tuple(None if isinstance(a, Handle) else (a,) for a in args)
-    operation = _MapBlocks(func, placed, kwargs, tuple(a.chunks for a in arrays), sizes, axes, kind, wants)
-    shape = tuple(sum(s) for s in sizes)
-    return wrap(make(Block, shape, kind, operation, tuple(a.node for a in arrays), ("map_blocks", operation)), sizes)
+    return func, placed, kwargs, tuple(a.chunks for a in arrays), sizes, axes, kind, wants
 
 
 def _common_grid(arrays: list[Any], ndim: int) -> list[tuple[int, ...]]:
@@ -222,10 +254,17 @@ def _wants(func: Callable[..., Any]) -> tuple[bool, bool]:
 
 
 def _inferred_dtype(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], wants: tuple[bool, bool], ndim: int
+    called: str,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wants: tuple[bool, bool],
+    ndim: int,
+    shapes: Sequence[tuple[int, ...]],
 ) -> np.dtype[Any]:
-    """Call the function on arrays of one element: never of none, which many functions cannot take."""
-    probes = [np.ones((1,) * a.ndim, a.dtype) if isinstance(a, Handle) else a for a in args]
+    """Call the function on small arrays: never of no element, which many functions cannot take."""
+    shape = iter(shapes)
+    probes = [np.ones(next(shape), a.dtype) if isinstance(a, Handle) else a for a in args]
     extras: dict[str, Any] = {}
     if wants[0]:
         extras["block_id"] = (0,) * ndim
@@ -240,8 +279,8 @@ def _inferred_dtype(
             result = func(*probes, **kwargs, **extras)
     except Exception as error:
         raise ValueError(
-            f"map_blocks could not find out the dtype: {getattr(func, '__name__', func)} raised {type(error).__name__}: {error} on "
-            f"arrays of one element. Say it with dtype=."
+            f"{called} could not find out the dtype: {getattr(func, '__name__', func)} raised {type(error).__name__}: {error} on "
+            f"arrays of shape {', '.join(map(str, shapes))}. Say it with dtype=."
         ) from error
     return checked_dtype(np.asarray(result).dtype, "the result of the function")
 

@@ -32,7 +32,7 @@ def pad(array: Any, pad_width: Any, mode: str = "constant", *, constant_values: 
 
     ``pad_width``: an int for all sides, (before, after) for all axes, a sequence of such pairs, or a dict of axis to either.
     ``mode``: "constant" (``constant_values``, in the same forms), "edge" (the last item again), "reflect" and "symmetric" (mirrored,
-    without and with the last item), "wrap" (periodic), "empty" (anything; here zeros). The first and the last chunk of an axis take in the border.
+    without and with the last item), "wrap" (periodic), "empty" (anything; here zeros). Chunks at the ends of an axis take in the border.
 
     Raises ValueError for another mode, a negative width, and a border of no constants around an axis without elements.
 

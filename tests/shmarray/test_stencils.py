@@ -127,7 +127,7 @@ def test_two_steps_depend_on_each_other_by_ranges() -> None:
     first, second = plan(periodic(sa, periodic(sa, u))).layers
 
     (dependency,) = second.dependencies
-    assert dependency.layer == 0 and dependency.requires is not None
+    assert dependency.layer == 0 and dependency.requires is not None and first.ntasks == 16
     assert dependency.requires(5, 6) == (4, 7)
     assert dependency.requires(0, 1) == (0, first.ntasks)  # row -1 is the last
 
@@ -147,6 +147,16 @@ def test_narrow_parts_run_the_code_of_the_largest() -> None:
     assert [part.code for part in again.parts] == [part.code for part in kernel.parts]
     assert pickle.dumps(kernel).count(kernel.parts[0].code) == 1
     assert plain_kernel(kernel).parts == tuple(part.plain for part in kernel.parts)
+
+
+def test_a_long_narrow_part_has_code_of_its_own() -> None:
+    with sa.config.set(engine="llvm"):
+        kernel = parts_of(periodic(sa, sa.array(np.ones((2000, 40)))))
+
+    columns = [part for part, place in zip(kernel.parts, kernel.places, strict=True) if place[0].stop - place[0].start > 1]
+    assert sorted(part.program.shape for part in columns) == [(1998, 1), (1998, 1), (1998, 38)]
+    left, right = (part for part in columns if part.program.shape[1] == 1)
+    assert left.code == right.code != kernel.largest.code
 
 
 def test_what_reads_its_own_target_is_computed_aside(executor: str) -> None:

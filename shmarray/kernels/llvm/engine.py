@@ -45,6 +45,7 @@ STAGED_ITEMS = 1 << 17  # from the driver's memory: one system call for a megaby
 STREAMED_NBYTES = 64 << 20  # larger results are written past the caches: no line is read only to be overwritten
 _PLAIN = {np.dtype(name) for name in ("f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")}
 _EXACT = frozenset({"add", "subtract", "multiply", "divide", "sqrt"})  # their flags are IEEE 754's, and NumPy's
+NARROW_ITEMS = 1 << 10  # a narrow part with more items pays for code of its own
 REDUCED_ITEMS = 1 << 20  # of a reduction's tile: so that what is copied stays small beside the arrays, and merging pieces costs nothing
 
 
@@ -142,7 +143,9 @@ class _Draft:
         if isinstance(plain, ReduceKernel):
             traffic = [replace(t, exact=True) for t in traffic]  # wherever operands lie, so that bits do not depend on it
         self.nest: Nest = choose_nest(program.shape, self.piece_sizes, traffic, self.lanes, self.axes)
-        if like is not None and like.holds(program.shape, self.piece_sizes, traffic):
+        inner = math.prod(program.shape[a] for a in like.inner.axes) if like is not None else 0
+        is_narrow = inner < self.lanes and math.prod(program.shape) > NARROW_ITEMS * inner
+        if like is not None and not is_narrow and like.holds(program.shape, self.piece_sizes, traffic):
             self.nest = like
         self.ragged = tuple(k for k in sorted(remote) if not self.traffic[k].exact)
 
