@@ -18,6 +18,7 @@ from shmarray.region import Box
 __all__ = [
     "Edges",
     "Grid",
+    "accumulation_grids",
     "block_sizes",
     "blocks",
     "edges_of",
@@ -36,6 +37,7 @@ REDUCTION_TILE_ITEMS = 1 << 18
 MOST_PARTIAL_ITEMS = 1 << 20  # partial results of one reduction, in items: a constant, however large the input
 ENOUGH_TASKS = 64  # so many tasks feed every core of a large machine evenly
 FEW_SPLITS = 8  # of reduced axes, where the tiles are given and one of them has more results than MOST_PARTIAL_ITEMS
+FEW_RANGES = 4  # of cells that items are added to: each costs another walk through all items
 NARROWEST_ITEMS = 1 << 10  # a column slab narrower than this wastes cache lines and pages
 
 
@@ -192,6 +194,27 @@ def reduction_grid(shape: tuple[int, ...], axes: tuple[int, ...]) -> Grid:
         sizes[a] = min(shape[a], room)
         room = max(1, room // sizes[a])
     return Grid(shape, tuple(sizes))
+
+
+def accumulation_grids(shape: tuple[int, ...], cells: tuple[int, ...]) -> tuple[Grid, Grid]:
+    """Return the grid of the items of ``shape`` and that of the ``cells`` they are added to: a task has a box of each.
+
+    Items are cut into splits with partial results of their own, that take no more than a constant, or, of many cells, `FEW_SPLITS`
+    times the result and a quarter of the input. Where not even two fit, the cells are cut into ranges, and each goes through all items.
+    """
+    total, count = math.prod(shape), math.prod(cells)
+    most = min(1024, max(MOST_PARTIAL_ITEMS // count, min(FEW_SPLITS, total // (4 * count))))
+    whole = Grid(shape, tuple(max(n, 1) for n in shape))
+    if total <= REDUCTION_TILE_ITEMS and count <= MOST_PARTIAL_ITEMS:
+        return whole, Grid(cells, cells)
+    if most < 2:
+        return whole, Grid(cells, slab_sizes(cells, -(-count // FEW_RANGES)))
+    items = max(REDUCTION_TILE_ITEMS, -(-total // most))
+    while True:
+        grid = Grid(shape, slab_sizes(shape, items))
+        if grid.ntasks <= most:
+            return grid, Grid(cells, cells)
+        items += items // 4  # boxes are whole rows, so that there may be more of them than wanted
 
 
 def walked_grid(edges: Edges, axes: tuple[int, ...]) -> Grid:

@@ -43,7 +43,7 @@ storage kernels.program
 handle travel
 shared_memory
 shared optimise kernels.numpy fuse
-kernels.reduce kernels.scan kernels.sources passes
+kernels.reduce kernels.scan kernels.sources kernels.accumulate passes
 kernels.llvm.kernel
 kernels.llvm.engine
 engines
@@ -54,7 +54,7 @@ explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
-ops.linalg
+ops.linalg ops.accumulators
 array
 __init__ doctor
 __main__
@@ -73,6 +73,7 @@ DOORS = {
         "storage",
         "templates",
         "engines",
+        "kernels.accumulate",
         "kernels.numpy",
         "kernels.reduce",
         "kernels.scan",
@@ -85,7 +86,15 @@ DOORS = {
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},
-    "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
+    "scheduler.segments": {
+        "doctor",
+        "kernels.accumulate",
+        "kernels.numpy",
+        "kernels.reduce",
+        "kernels.scan",
+        "kernels.sources",
+        "kernels.llvm.kernel",
+    },
     "scheduler.locks": {"shared_memory", "storage"},
     "scheduler.shared": {"shared", "shared_memory"},
     "scheduler.spill": {"doctor"},
