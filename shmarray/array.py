@@ -427,7 +427,8 @@ class Array(Handle):
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         outs = kwargs.pop("out", None)
-        if any(not _is_operand(x) for x in inputs) or any(not isinstance(x, (Handle, np.ndarray)) and x is not None for x in outs or ()):
+        operands = (inputs[0], *inputs[2:]) if method == "at" else inputs  # the second is a key: slices, masks, ...
+        if any(not _is_operand(x) for x in operands) or any(not isinstance(x, (Handle, np.ndarray)) and x is not None for x in outs or ()):
             return NotImplemented
         if method == "reduce":
             return _call_reduce(ufunc, inputs[0], outs, kwargs)

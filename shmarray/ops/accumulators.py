@@ -50,7 +50,9 @@ class _Edges(BlockOperation):
     def run(self, out: NDArray, inputs: tuple[NDArray, ...], at: Box) -> None:
         (first,), (last,) = inputs
         if not (np.isfinite(first) and np.isfinite(last)):
-            raise ValueError(f"autodetected range of [{first}, {last}] is not finite: give range=(low, high), outside of which nothing counts")
+            raise ValueError(
+                f"autodetected range of [{first}, {last}] is not finite: give range=(low, high), what is outside counts nowhere"
+            )
         if first == last:
             first, last = first - 0.5, last + 0.5
         edges = np.linspace(first, last, self.count + 1, dtype=out.dtype)
@@ -95,6 +97,14 @@ def _plain(value: Any) -> Any:
         values = np.asarray(value)
         return values if values.ndim else values[()]
     return type(value)([_plain(v) for v in value]) if type(value) in (list, tuple) else value
+
+
+def _length(bins: Any) -> int | None:
+    """Return how many entries ``bins`` has; None for a number."""
+    try:
+        return len(bins)
+    except TypeError:
+        return None
 
 
 def _by_numpy(function: Any, *args: Any) -> Any:
@@ -200,7 +210,7 @@ def histogramdd(sample: Any, bins: Any = 10, range: Any = None, density: Any = N
     if w is not None and w.shape != (n,):
         raise ValueError(f"The weights and list don't have the same length: weights of shape {w.shape} for {n} points")
     given = [None] * len(columns) if range is None else list(range)
-    numbers = [bins] * len(columns) if np.ndim(bins) == 0 else list(bins)
+    numbers = [bins] * len(columns) if _length(bins) is None else list(bins)
     # Edges that do not depend on the points, and what is wrong with any, by NumPy, for no points.
     _, known = np.histogramdd(np.empty((0, len(columns)), dtype), bins, range)
     tables = [
@@ -245,7 +255,7 @@ def histogram2d(x: Any, y: Any, bins: Any = 10, range: Any = None, density: Any 
     if points[0].shape[:1] != points[1].shape[:1]:
         raise ValueError(f"x and y must have the same length, they have the shapes {points[0].shape} and {points[1].shape}")
     bins = _plain(bins)
-    if np.ndim(bins) == 1 and len(bins) > 2:
+    if _length(bins) not in (None, 1, 2):
         bins = [np.asarray(bins)] * 2
     counts, (xedges, yedges) = histogramdd(points, bins, range, density, weights)
     return counts, xedges, yedges
@@ -313,6 +323,9 @@ def at(ufunc: np.ufunc, x: Any, indices: Any, *values: Any) -> None:
         return
     key = _plain(indices)
     rest = [_plain(v) for v in values]
+    if x.ndim == 1 and isinstance(key, (list, np.ndarray)) and np.ndim(key) > 1:
+        # NumPy 2.4 reads beyond the values where it has to broadcast them here.
+        rest = [np.array(np.broadcast_to(v, np.shape(key))) for v in rest]
     with x.lock() as memory:
         ufunc.at(memory, key, *rest)
 
@@ -329,12 +342,11 @@ def _increments(ufunc: np.ufunc, x: Any, indices: Any, values: tuple[Any, ...]) 
     if math.prod(shape) < max(MANY_INDICES, ITEMS_PER_CELL * x.size) or not x.size:
         return None
     added = as_handle(values[0])
-    ufunc.at(np.ones(1, x.dtype), np.zeros(1, np.intp), np.ones(1, added.dtype))  # NumPy says which dtypes it does not take
     dtype = ufunc(np.ones(1, x.dtype), np.ones(1, added.dtype)).dtype
     if not _is_known(dtype, "biufc") or dtype == np.float16 or (dtype.kind == "c" and name in ("minimum", "maximum")):
         return None
-    if dtype != x.dtype and name not in ("add", "subtract", "multiply"):
-        return None  # each step is cast back
+    if dtype != x.dtype and (name not in ("add", "subtract", "multiply") or not np.can_cast(dtype, x.dtype, "same_kind")):
+        return None  # NumPy casts back after each index, and what is lost there depends on their order
     added = broadcast_to(added, shape)
     flat = _flat_indices([as_handle(p) for p in parts], x.shape, shape)
     added = cast(added, dtype)
