@@ -239,8 +239,8 @@ class Accumulate(Expr):
     """Cells, of this shape, that items are added to with ``ufunc``: histograms, ``bincount``, ``ufunc.at``.
 
     ``data``: of one shape; a coordinate for each of ``tables``, the edges of bins along each axis of the cells (1-d, each a leaf or a
-    node with memory), or without tables the number of the cell; then, when ``has_values``, what is added, else 1. ``is_at``: items are
-    added as ``ufunc.at`` does.
+    node with memory), or without tables an index for each axis; then, when ``has_values``, what is added, else 1. ``is_at``: items are
+    added as ``ufunc.at`` does, negative indices count from the end.
     """
 
     label: str

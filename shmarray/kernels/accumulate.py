@@ -106,7 +106,7 @@ class AccumulateKernel:
     """Adds the items of a box of the grid to a range of the cells; task ``split * ranges + range``.
 
     ``data``: registers with the coordinate along each axis of the cells, which ``tables`` (edges) turn into bins; or, without tables,
-    with the number of the cell. ``values``: the register with what to add; None: 1. ``out``: the cells, or with an axis more, in front,
+    with the index along that axis. ``values``: the register with what to add; None: 1. ``out``: the cells, or with an axis more, in front,
     for the splits. ``is_at``: it is a ``ufunc.at``, which warns of overflow and the like; `bincount` does not.
     """
 
@@ -139,7 +139,7 @@ class AccumulateKernel:
         start = identity_of(self.ufunc, dtype, is_at=self.is_at)
         add_at = getattr(np, self.ufunc).at
         is_split = len(self.out.shape) > len(cells.shape)
-        placer = _Placer(cells.shape, room) if tables else _Checker(math.prod(cells.shape), self.label)
+        placer = _Placer(cells.shape, room) if tables else _Checker(cells.shape, self.label, from_the_end=self.is_at)
         is_ready = False
         quiet = {} if self.is_at else {"over": "ignore", "invalid": "ignore"}
 
@@ -216,17 +216,23 @@ class _Placer:
 
 
 class _Checker:
-    """Numbers of cells as they are given, where there are such cells."""
+    """Numbers of cells from indices along all axes, where there are such cells."""
 
-    def __init__(self, count: int, label: str) -> None:
+    def __init__(self, shape: tuple[int, ...], label: str, *, from_the_end: bool) -> None:
         self.finders: list[BinFinder] = []
-        self.count, self.label = count, label
+        self.shape, self.label, self.from_the_end = shape, label, from_the_end
 
     def place(self, data: list[NDArray]) -> tuple[NDArray, NDArray | None]:
-        """Return the cells. Raises IndexError for a number that no cell has: what was looked at has changed since."""
-        (cells,) = data
-        if cells.size and (cells.min() < 0 or cells.max() >= self.count):
-            raise IndexError(
-                f"{self.label}: an index is outside of the {self.count} cells; the indices were written after they were checked"
-            )
-        return cells.astype(np.intp, copy=False).view(np.intp), None
+        """Return the cells. Raises IndexError for an index out of bounds."""
+        cells: NDArray | None = None
+        for axis, (given, n) in enumerate(zip(data, self.shape, strict=True)):
+            low, high = given.min(), given.max()
+            if low < (-n if self.from_the_end else 0) or high >= n:
+                wrong = high if high >= n else low
+                raise IndexError(f"{self.label}: index {wrong} is out of bounds for axis {axis} with size {n}")
+            index = given.astype(np.intp, copy=False)
+            if low < 0:
+                index = np.where(index < 0, index + n, index)
+            cells = index if cells is None else cells * n + index
+        assert cells is not None
+        return cells.view(np.intp), None

@@ -19,7 +19,7 @@ import numpy as np
 from shmarray.compute import compute
 from shmarray.expr import Accumulate, Block, BlockOperation, make
 from shmarray.handle import Handle, as_handle, wrap
-from shmarray.ops.elementwise import apply, cast, where
+from shmarray.ops.elementwise import apply, cast
 from shmarray.ops.reductions import max as largest
 from shmarray.ops.reductions import min as smallest
 from shmarray.ops.shaping import broadcast_to
@@ -50,9 +50,7 @@ class _Edges(BlockOperation):
     def run(self, out: NDArray, inputs: tuple[NDArray, ...], at: Box) -> None:
         (first,), (last,) = inputs
         if not (np.isfinite(first) and np.isfinite(last)):
-            raise ValueError(
-                f"autodetected range of [{first}, {last}] is not finite: give range=(low, high), what is outside counts nowhere"
-            )
+            raise ValueError(f"autodetected range of [{first}, {last}] is not finite: give range=(low, high)")
         if first == last:
             first, last = first - 0.5, last + 0.5
         edges = np.linspace(first, last, self.count + 1, dtype=out.dtype)
@@ -348,21 +346,8 @@ def _increments(ufunc: np.ufunc, x: Any, indices: Any, values: tuple[Any, ...]) 
     if dtype != x.dtype and (name not in ("add", "subtract", "multiply") or not np.can_cast(dtype, x.dtype, "same_kind")):
         return None  # NumPy casts back after each index, and what is lost there depends on their order
     added = broadcast_to(added, shape)
-    flat = _flat_indices([as_handle(p) for p in parts], x.shape, shape)
+    numbers = [broadcast_to(p, shape) for p in parts]
     added = cast(added, dtype)
     if name == "subtract":
         name, added = "add", apply("negative", added)
-    return name, _cells(f"{ufunc.__name__}.at", x.shape, dtype, [flat], (), added, name, is_at=True)
-
-
-def _flat_indices(parts: list[Any], lengths: tuple[int, ...], shape: tuple[int, ...]) -> Any:
-    """Return the numbers of the elements in C order. Raises IndexError for an index out of bounds: they are looked at here, all of them."""
-    numbers = [cast(p, np.intp) for p in parts]
-    found = compute(*(f(p) for p in parts for f in (smallest, largest)))
-    flat: Any = None
-    for axis, (part, n, low, high) in enumerate(zip(numbers, lengths, found[::2], found[1::2], strict=True)):
-        if low < -n or high >= n:
-            raise IndexError(f"index {low if low < -n else high} is out of bounds for axis {axis} with size {n}")
-        inside = where(part < 0, part + n, part) if low < 0 else part
-        flat = inside if flat is None else flat * n + inside
-    return broadcast_to(flat, shape)
+    return name, _cells(f"{ufunc.__name__}.at", x.shape, dtype, numbers, (), added, name, is_at=True)
