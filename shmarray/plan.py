@@ -62,7 +62,7 @@ from shmarray.tiles import (
     TILE_ITEMS,
     Edges,
     Grid,
-    accumulation_grids,
+    accumulation_grid,
     edges_of,
     in_small_tiles,
     map_grid,
@@ -636,7 +636,7 @@ class _Builder:
         )
 
     def _emit_accumulation(self, node: Accumulate, out: Operand) -> None:
-        """One pass over the items: into partial results of each split, which a second layer folds, or range by range of the result."""
+        """One pass over the items, into partial results of each split, where there are several, which a second layer folds."""
         shape = node.data[0].shape
         writer = ProgramWriter(self.operand, shape)
         registers = [writer.add(x) for x in node.data]
@@ -646,30 +646,18 @@ class _Builder:
         if order is not None:  # else it decides in which order floats are added, which must not depend on memory
             program = program.permuted(order)
         tables = tuple([self._table(table) for table in node.tables])
-        grid, cells = accumulation_grids(program.shape, node.shape)
+        grid = accumulation_grid(program.shape, node.size)
         splits = grid.ntasks
         partials = self.temporary((splits, *node.shape), node.dtype) if splits > 1 else None
         values = registers.pop() if node.has_values else None
         place = out if partials is None else partials
         line = line_of(node)
-        kernel = AccumulateKernel(program, grid, cells, node.ufunc, tuple(registers), values, tables, place, node.is_at, node.label, line)
-        cost = writer.cost(grid)
-        if cells.ntasks > 1:
-            cost = max(1, cost // 2)  # of a walk half is finding cells, half adding to them
-        self._needs_scratch(math.prod(cells.sizes) * node.dtype.itemsize, kernel.ntasks)
-        name = "-".join(filter(None, [self._layer_name(list(node.data), ""), node.name]))
-        draft = _LayerDraft(
-            kernel,
-            kernel.ntasks,
-            name,
-            line,
-            grid if cells.ntasks == 1 else None,
-            (*program.loads, *tables),
-            (place,),
-            cost,
-            describe=None if cells.ntasks == 1 else lambda index: f"cells [{', '.join(f'{s.start}:{s.stop}' for s in cells.box(index))}]",
+        kernel = AccumulateKernel(
+            program, grid, node.shape, node.ufunc, tuple(registers), values, tables, place, node.is_at, node.label, line
         )
-        self._add(draft)
+        self._needs_scratch(node.size * node.dtype.itemsize, splits)
+        name = "-".join(filter(None, [self._layer_name(list(node.data), ""), node.name]))
+        self._add(_LayerDraft(kernel, splits, name, line, grid, (*program.loads, *tables), (place,), writer.cost(grid)))
         if partials is not None:
             spec = ReduceSpec(node.ufunc, 0, node.dtype, (), (node.dtype,), (partials,), None, node.label, line)
             self._fold(spec, out, (1,) * splits, node.name)

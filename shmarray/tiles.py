@@ -18,7 +18,7 @@ from shmarray.region import Box
 __all__ = [
     "Edges",
     "Grid",
-    "accumulation_grids",
+    "accumulation_grid",
     "block_sizes",
     "blocks",
     "edges_of",
@@ -37,7 +37,6 @@ REDUCTION_TILE_ITEMS = 1 << 18
 MOST_PARTIAL_ITEMS = 1 << 20  # partial results of one reduction, in items: a constant, however large the input
 ENOUGH_TASKS = 64  # so many tasks feed every core of a large machine evenly
 FEW_SPLITS = 8  # of reduced axes, where the tiles are given and one of them has more results than MOST_PARTIAL_ITEMS
-FEW_RANGES = 4  # of cells that items are added to: each costs another walk through all items
 NARROWEST_ITEMS = 1 << 10  # a column slab narrower than this wastes cache lines and pages
 
 
@@ -196,24 +195,21 @@ def reduction_grid(shape: tuple[int, ...], axes: tuple[int, ...]) -> Grid:
     return Grid(shape, tuple(sizes))
 
 
-def accumulation_grids(shape: tuple[int, ...], cells: tuple[int, ...]) -> tuple[Grid, Grid]:
-    """Return the grid of the items of ``shape`` and that of the ``cells`` they are added to: a task has a box of each.
+def accumulation_grid(shape: tuple[int, ...], count: int) -> Grid:
+    """Return the grid of the items of ``shape`` that are added to ``count`` cells: a split, with partial results of its own, is a box.
 
-    Items are cut into splits with partial results of their own, that take no more than a constant, or, of many cells, `FEW_SPLITS`
-    times the result and a quarter of the input. Where not even two fit, the cells are cut into ranges, and each goes through all items.
+    Partial results take no more than a constant, or, of many cells, `FEW_SPLITS` times the result and half as many items as the input
+    has. Of more cells than that there is one task: where each range of cells had one, that went through all items, it took longer.
     """
-    total, count = math.prod(shape), math.prod(cells)
-    most = min(1024, max(MOST_PARTIAL_ITEMS // count, min(FEW_SPLITS, total // (4 * count))))
-    whole = Grid(shape, tuple(max(n, 1) for n in shape))
-    if total <= REDUCTION_TILE_ITEMS and count <= MOST_PARTIAL_ITEMS:
-        return whole, Grid(cells, cells)
-    if most < 2:
-        return whole, Grid(cells, slab_sizes(cells, -(-count // FEW_RANGES)))
+    total = math.prod(shape)
+    most = min(1024, max(MOST_PARTIAL_ITEMS // count, min(FEW_SPLITS, total // (2 * count))))
+    if total <= REDUCTION_TILE_ITEMS or most < 2:
+        return Grid(shape, tuple(max(n, 1) for n in shape))
     items = max(REDUCTION_TILE_ITEMS, -(-total // most))
     while True:
         grid = Grid(shape, slab_sizes(shape, items))
         if grid.ntasks <= most:
-            return grid, Grid(cells, cells)
+            return grid
         items += items // 4  # boxes are whole rows, so that there may be more of them than wanted
 
 

@@ -1,11 +1,10 @@
 """Accumulations in the NumPy engine: many items, few cells; each item says which cell it goes to, and is added to it.
 
     box of items (a split)  --blocks in C order-->  cells of its own  -->  partial[split]  --`FinishKernel`-->  result
-    where cells are many:   all items, once for each range of cells   -->  that range of the result
 
 Cells are found by edges (histograms) or given by number (`bincount`, ``ufunc.at``), and numbered in C order.
 
-Promises: splits, ranges and the order within them follow from shapes alone, so results are bit-identical whoever computes which
+Promises: splits and the order within them follow from shapes alone, so results are bit-identical whoever computes which
 task. A task begins with fresh cells, and so may be run twice. Nothing is added for items outside the edges, nor for NaN; a value
 on an edge belongs to the bin on its right, but for the last edge, which closes its bin: exactly as NumPy counts.
 Never put here: grids (`tiles`), what NumPy's functions make of their arguments (`ops.accumulators`).
@@ -103,16 +102,16 @@ def identity_of(ufunc: str, dtype: np.dtype[Any], *, is_at: bool) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class AccumulateKernel:
-    """Adds the items of a box of the grid to a range of the cells; task ``split * ranges + range``.
+    """Adds the items of a box of the grid, a split, to cells of its own.
 
     ``data``: registers with the coordinate along each axis of the cells, which ``tables`` (edges) turn into bins; or, without tables,
-    with the index along that axis. ``values``: the register with what to add; None: 1. ``out``: the cells, or with an axis more, in front,
-    for the splits. ``is_at``: it is a ``ufunc.at``, which warns of overflow and the like; `bincount` does not.
+    with the index along that axis. ``values``: the register with what to add; None: 1. ``out``: the cells, with an axis more, in
+    front, for the splits where there are several. ``is_at``: it is a ``ufunc.at``, which warns of overflow; `bincount` does not.
     """
 
     program: Program
     grid: Grid
-    cells: Grid
+    cells: tuple[int, ...]
     ufunc: str
     data: tuple[int, ...]
     values: int | None
@@ -121,10 +120,6 @@ class AccumulateKernel:
     is_at: bool
     label: str
     line: str
-
-    @property
-    def ntasks(self) -> int:
-        return self.grid.ntasks * self.cells.ntasks
 
     def bind(self, context: Context) -> Callable[[int], None]:
         grid, cells = self.grid, self.cells
@@ -138,8 +133,9 @@ class AccumulateKernel:
         target = open_window(context, self.out)
         start = identity_of(self.ufunc, dtype, is_at=self.is_at)
         add_at = getattr(np, self.ufunc).at
-        is_split = len(self.out.shape) > len(cells.shape)
-        placer = _Placer(cells.shape, room) if tables else _Checker(cells.shape, self.label, from_the_end=self.is_at)
+        everything = tuple([slice(0, n) for n in cells])
+        is_split = len(self.out.shape) > len(cells)
+        placer = _Placer(cells, room) if tables else _Checker(cells, self.label, from_the_end=self.is_at)
         is_ready = False
         quiet = {} if self.is_at else {"over": "ignore", "invalid": "ignore"}
 
@@ -148,11 +144,9 @@ class AccumulateKernel:
             if not is_ready:  # not before: edges may be computed by the plan
                 placer.finders = [BinFinder(np.array(t.read() if isinstance(t, Remote) else t)) for t in tables]
                 is_ready = True
-            split, number = divmod(index, cells.ntasks)
-            tile, part = grid.box(split), cells.box(number)
-            mine = np.full([piece.stop - piece.start for piece in part], start, dtype)
+            tile = grid.box(index)
+            mine = np.full(cells, start, dtype)
             flat = mine.reshape(-1)
-            first = int(np.ravel_multi_index([piece.start for piece in part], cells.shape)) if cells.ntasks > 1 else 0
             evaluator.begin(tile)
             with evaluator.errstate():
                 for box in blocks(tile, sizes):
@@ -165,18 +159,14 @@ class AccumulateKernel:
                         at, held = placer.place(data)
                         if held is not None and self.values is not None:
                             values = values[held]
-                        if cells.ntasks > 1:
-                            here = (at >= first) & (at < first + flat.size)
-                            at = at[here] - first
-                            values = values if self.values is None else values[here]
                         if self.values is not None:
                             values = values.astype(dtype) if values.dtype != dtype else values.view(dtype)
                         add_at(flat, at, values)
             evaluator.end(tile)
             if is_split:
-                put(target, (slice(split, split + 1), *part), mine[None])
+                put(target, (slice(index, index + 1), *everything), mine[None])
             else:
-                put(target, part, mine)
+                put(target, everything, mine)
 
         return run
 

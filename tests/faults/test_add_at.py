@@ -23,7 +23,7 @@ def program():
     sa.add.at(x, sa.array(at), sa.array(added))
     sa.add.at(counts, at, 1)
     parts = (x, counts, *sa.histogram(sa.array(added), 30, weights=sa.array(added)))
-    return hashlib.sha256(b"".join(np.asarray(p).tobytes() for p in parts)).hexdigest(), np.asarray(counts)
+    return hashlib.sha256(b"".join(np.asarray(p).tobytes() for p in parts)).hexdigest(), np.array(counts)
 
 with sa.config.set(scheduler="processes"):
     with sa.Pool(workers=2, memory_limit="256MiB") as pool:
