@@ -36,7 +36,7 @@ from shmarray.errors import (
 )
 from shmarray.explain import explain
 from shmarray.iterate import Frame, iterate
-from shmarray.ops import creation, elementwise, linalg, overlap, padding, random, reductions, shaping
+from shmarray.ops import accumulators, creation, elementwise, linalg, overlap, padding, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
 from shmarray.ops.overlap import map_overlap
 
@@ -49,6 +49,7 @@ for _module, _private in (
     (shaping, ("getitem", "setitem_node", "view_of")),
     (linalg, ()),
     (padding, ()),
+    (accumulators, ("at",)),
 ):
     _FAMILIES |= {name: getattr(_module, name) for name in _module.__all__ if name not in _private}
 globals().update(_FAMILIES)

@@ -22,7 +22,7 @@ from shmarray.chunks import Chunks, chunk_box, normalize_chunks
 from shmarray.explain import Explanation, explain
 from shmarray.expr import Expr, line_of, postorder, user_line
 from shmarray.handle import Handle, as_handle, register, value_of, wrap, wrap_stored
-from shmarray.ops import blocks, creation, elementwise, linalg, overlap, reductions, shaping
+from shmarray.ops import accumulators, blocks, creation, elementwise, linalg, overlap, reductions, shaping
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
 from shmarray.region import broadcast_shape, index_map
@@ -203,12 +203,15 @@ class Array(Handle):
         """Make this array's values those of ``node``: in its memory when stored, else in this handle."""
         if node.shape != self.shape:
             node = shaping.broadcast_to(wrap(node), self.shape).node
-        if self._storage is not None and self._layout is not None:
-            if self.size and any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
-                raise ValueError(f"assignment destination is read-only: shape {self.shape} is a broadcast, whose elements share memory")
+        if self._storage is not None:
+            self._check_writable()
             running.write(self, node, scheduler)
         else:
             self._node = elementwise.astype(wrap(node), self.dtype).node
+
+    def _check_writable(self) -> None:
+        if self._layout is not None and self.size and any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
+            raise ValueError(f"assignment destination is read-only: shape {self.shape} is a broadcast, whose elements share memory")
 
     def persist(self, scheduler: str | None = None) -> Array:
         """Return it as a stored array, computed now; itself when it is stored."""
@@ -414,16 +417,23 @@ class Array(Handle):
             chosen = elementwise.where(key, elementwise.astype(value, self.dtype), self)
             self._overwrite(chosen.node)
             return
-        values = np.array(running.values_of(self))
         parts = tuple(np.asarray(p) if isinstance(p, Handle) else p for p in (key if isinstance(key, tuple) else (key,)))
-        values[parts if isinstance(key, tuple) else parts[0]] = np.asarray(value)
-        self._overwrite(as_handle(values).node)
+        given = np.asarray(value)
+        if self._storage is None:
+            values = np.array(running.values_of(self))
+            values[parts if isinstance(key, tuple) else parts[0]] = given
+            self._node = as_handle(values).node
+            return
+        self._check_writable()
+        with self.lock() as memory:
+            memory[parts if isinstance(key, tuple) else parts[0]] = given
 
     # --- NumPy's protocols -------------------------------------------------------------------------------------------------
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         outs = kwargs.pop("out", None)
-        if any(not _is_operand(x) for x in inputs) or any(not isinstance(x, (Handle, np.ndarray)) and x is not None for x in outs or ()):
+        operands = (inputs[0], *inputs[2:]) if method == "at" else inputs  # the second is a key: slices, masks, ...
+        if any(not _is_operand(x) for x in operands) or any(not isinstance(x, (Handle, np.ndarray)) and x is not None for x in outs or ()):
             return NotImplemented
         if method == "reduce":
             return _call_reduce(ufunc, inputs[0], outs, kwargs)
@@ -431,6 +441,9 @@ class Array(Handle):
             return reductions.accumulate(ufunc, inputs[0], **kwargs, out=outs[0] if outs else None)
         if method == "at" and isinstance(inputs[0], Array):
             x, *rest = inputs
+            if x._storage is not None:
+                x._check_writable()
+                return accumulators.at(ufunc, x, *rest)
             values = np.array(running.values_of(x))
             ufunc.at(values, *[np.asarray(r) if isinstance(r, Handle) else r for r in rest], **kwargs)
             return x._overwrite(as_handle(values).node)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shmarray.storage import Storage
 
 __all__ = [
+    "Accumulate",
     "Assemble",
     "Block",
     "BlockOperation",
@@ -231,6 +232,31 @@ class Scan(Expr):
     @property
     def name(self) -> str:
         return f"{self.ufunc}.accumulate"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Accumulate(Expr):
+    """Cells, of this shape, that items are added to with ``ufunc``: histograms, ``bincount``, ``ufunc.at``.
+
+    ``data``: of one shape; a coordinate for each of ``tables``, the edges of bins along each axis of the cells (1-d, each a leaf or a
+    node with memory), or without tables an index for each axis; then, when ``has_values``, what is added, else 1. ``is_at``: items are
+    added as ``ufunc.at`` does, negative indices count from the end.
+    """
+
+    label: str
+    ufunc: str
+    data: tuple[Expr, ...]
+    tables: tuple[Expr, ...] = ()
+    has_values: bool = False
+    is_at: bool = False
+
+    @property
+    def inputs(self) -> tuple[Expr, ...]:
+        return (*self.data, *self.tables)
+
+    @property
+    def name(self) -> str:
+        return self.label
 
 
 class BlockOperation:

@@ -21,7 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from shmarray.expr import Assemble, Block, Elementwise, Expr, Foreign, InMemory, Reduction, Reshape, Scan, Stored, View, postorder
+from shmarray.expr import (
+    Accumulate,
+    Assemble,
+    Block,
+    Elementwise,
+    Expr,
+    Foreign,
+    InMemory,
+    Reduction,
+    Reshape,
+    Scan,
+    Stored,
+    View,
+    postorder,
+)
 from shmarray.tiles import TILE_ITEMS, Edges, edges_of, slab_sizes
 
 __all__ = ["Division", "Making", "Pass", "divide", "inside", "source_edges"]
@@ -63,7 +77,7 @@ class Pass:
     @property
     def is_other(self) -> bool:
         """Whether this is one node that is neither a reduction nor elementwise."""
-        return isinstance(self.nodes[0], (Scan, Block, Assemble, Foreign))
+        return isinstance(self.nodes[0], (Scan, Accumulate, Block, Assemble, Foreign))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +135,7 @@ def divide(wanted: Sequence[Expr], memory: set[Expr], outputs: set[Expr], barred
     nodes = list(postorder(wanted))
     made: set[Expr] = {n for n in memory if isinstance(n, (Block, Foreign, Assemble)) and n.size and n.ndim and not barred(n)}
     for node in nodes if made else ():
-        if isinstance(node, (View, Reshape, Scan)) or (isinstance(node, Block) and node.operation.memory_inputs):
+        if isinstance(node, (View, Reshape, Scan, Accumulate)) or (isinstance(node, Block) and node.operation.memory_inputs):
             made.difference_update(node.inputs)
     while True:
         ways, misfits = _ways(nodes, frozenset(memory - made), made)
@@ -152,7 +166,7 @@ def _of_one_level(division: Division, nodes: list[Expr], level: int) -> Iterator
     for node in nodes:
         if isinstance(node, Reduction):
             groups.setdefault((node.x.shape, division.reads_made(node), node.axes), []).append(node)
-        elif isinstance(node, (Scan, Block, Assemble, Foreign)):
+        elif isinstance(node, (Scan, Accumulate, Block, Assemble, Foreign)):
             yield Pass((node,), level)
         else:
             spaces.setdefault((node.shape, division.reads_made(node)), []).append(node)
@@ -244,7 +258,7 @@ def _misfits(division: Division) -> set[Expr]:
         elif isinstance(node, Assemble):
             for k, (piece, map) in enumerate(zip(node.pieces, node.maps, strict=True)):
                 read((node, k), division.made_below(piece), map.shape)
-        elif isinstance(node, Scan):
+        elif isinstance(node, (Scan, Accumulate)):
             found.update(n for n in division.inside(node) if n in division.made)
     for number, one in enumerate(division.passes):
         if one.is_other:

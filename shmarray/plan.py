@@ -29,6 +29,7 @@ from scheduler.run import RESERVED_SHARE, Pool
 from scheduler.task import ARENA, DRIVER, SPILL, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
 from shmarray.engines import engine_for, why_not_compiled
 from shmarray.expr import (
+    Accumulate,
     Assemble,
     Block,
     Elementwise,
@@ -46,6 +47,7 @@ from shmarray.expr import (
 )
 from shmarray.fuse import ProgramWriter, broadcast_operand, crossing_axes, is_leaf, memory_order
 from shmarray.hoist import MOST_BOXES, hoist
+from shmarray.kernels.accumulate import AccumulateKernel
 from shmarray.kernels.numpy import MOST_STAGED_ITEMS, MapKernel
 from shmarray.kernels.parts import PartsKernel
 from shmarray.kernels.program import NO_BUFFER, Load, Operand, Program, Register, Source, Store
@@ -64,6 +66,7 @@ from shmarray.tiles import (
     TILE_ITEMS,
     Edges,
     Grid,
+    accumulation_grid,
     edges_of,
     in_small_tiles,
     map_grid,
@@ -520,6 +523,8 @@ class _Builder:
         match node:
             case Scan():
                 self._emit_scan(node, place)
+            case Accumulate():
+                self._emit_accumulation(node, place)
             case Block() | Foreign():
                 self._emit_source(node, place)
             case Assemble():
@@ -639,23 +644,61 @@ class _Builder:
         )
         for (node, out), spec in zip(outs, specs, strict=True):
             if spec.partials:
-                fold = Grid(out.shape, slab_sizes(out.shape, max(1, TILE_ITEMS // len(splits))))
-                self._add(
-                    _LayerDraft(
-                        FinishKernel(spec, out, splits, fold),
-                        fold.ntasks,
-                        f"{node.name} of partials",
-                        spec.line,
-                        None,
-                        spec.partials,
-                        (out,),
-                        16 * len(splits) * math.prod(fold.sizes),
-                        # Waking a worker takes longer.
-                        place="driver" if len(splits) * math.prod(out.shape) <= FEW_PARTIAL_ITEMS else "worker",
-                    )
-                )
+                self._fold(spec, out, splits, node.name)
         for root, part in along:
             self.operands.setdefault(root, part)
+
+    def _fold(self, spec: ReduceSpec, out: Operand, splits: tuple[int, ...], name: str) -> None:
+        """One layer that folds the partial results of all splits."""
+        fold = Grid(out.shape, slab_sizes(out.shape, max(1, TILE_ITEMS // len(splits))))
+        self._add(
+            _LayerDraft(
+                FinishKernel(spec, out, splits, fold),
+                fold.ntasks,
+                f"{name} of partials",
+                spec.line,
+                None,
+                spec.partials,
+                (out,),
+                16 * len(splits) * math.prod(fold.sizes),
+                # Waking a worker takes longer.
+                place="driver" if len(splits) * math.prod(out.shape) <= FEW_PARTIAL_ITEMS else "worker",
+            )
+        )
+
+    def _emit_accumulation(self, node: Accumulate, out: Operand) -> None:
+        """One pass over the items, into partial results of each split, where there are several, which a second layer folds."""
+        shape = node.data[0].shape
+        writer = ProgramWriter(self.operand, shape)
+        registers = [writer.add(x) for x in node.data]
+        writer.weight += 12 * len(node.tables) + 6
+        program = writer.program()
+        order = memory_order(program.operands, len(shape)) if node.dtype.kind in "iu" else None
+        if order is not None:  # else it decides in which order floats are added, which must not depend on memory
+            program = program.permuted(order)
+        tables = tuple([self._table(table) for table in node.tables])
+        grid = accumulation_grid(program.shape, node.size)
+        splits = grid.ntasks
+        partials = self.temporary((splits, *node.shape), node.dtype) if splits > 1 else None
+        values = registers.pop() if node.has_values else None
+        place = out if partials is None else partials
+        line = line_of(node)
+        kernel = AccumulateKernel(
+            program, grid, node.shape, node.ufunc, tuple(registers), values, tables, place, node.is_at, node.label, line
+        )
+        self._needs_scratch(node.size * node.dtype.itemsize, splits)
+        name = "-".join(filter(None, [self._layer_name(list(node.data), ""), node.name]))
+        self._add(_LayerDraft(kernel, splits, name, line, grid, (*program.loads, *tables), (place,), writer.cost(grid)))
+        if partials is not None:
+            spec = ReduceSpec(node.ufunc, 0, node.dtype, (), (node.dtype,), (partials,), None, node.label, line)
+            self._fold(spec, out, (1,) * splits, node.name)
+        self.operands.setdefault(node, out)
+
+    def _table(self, node: Expr) -> Operand:
+        """Return where an array lies that all tasks of a layer read as a whole."""
+        place = self.operand(node)
+        assert place is not None, f"{node.name} has no memory"
+        return place
 
     def _emit_scan(self, node: Scan, out: Operand) -> None:
         shape, axis = node.x.shape, node.axis
@@ -1187,6 +1230,8 @@ def _nature(node: Expr) -> str:
             return "a reduction"
         case Scan():
             return "a running result"
+        case Accumulate():
+            return "items added to cells"
         case Block() if node.operation.isolated:
             return "a user's function"
         case Block():

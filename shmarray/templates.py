@@ -24,6 +24,7 @@ from scheduler.task import Plan
 from shmarray import engines
 from shmarray.config import config
 from shmarray.expr import (
+    Accumulate,
     Assemble,
     Elementwise,
     Expr,
@@ -211,6 +212,9 @@ class _Form:
                 return "reduction", node.kind, number[node.x], node.axes, exact(node.params), line_of(node)
             case Scan():
                 return "scan", node.ufunc, number[node.x], node.axis, node.errstate, line_of(node)
+            case Accumulate():
+                data, tables = (tuple(number[n] for n in nodes) for nodes in (node.data, node.tables))
+                return "accumulate", node.label, node.ufunc, data, tables, node.has_values, node.is_at, line_of(node)
             case View():
                 return "view", number[node.x], exact(node.map)
             case Reshape():

@@ -19,6 +19,7 @@ __all__ = [
     "Edges",
     "Grid",
     "PartGrid",
+    "accumulation_grid",
     "block_sizes",
     "blocks",
     "edges_of",
@@ -244,6 +245,24 @@ def reduction_grid(shape: tuple[int, ...], axes: tuple[int, ...]) -> Grid:
         sizes[a] = min(shape[a], room)
         room = max(1, room // sizes[a])
     return Grid(shape, tuple(sizes))
+
+
+def accumulation_grid(shape: tuple[int, ...], count: int) -> Grid:
+    """Return the grid of the items of ``shape`` that are added to ``count`` cells: a split, with partial results of its own, is a box.
+
+    Partial results take no more than a constant, or, of many cells, `FEW_SPLITS` times the result and half as many items as the input
+    has. Of more cells than that there is one task: where each range of cells had one, that went through all items, it took longer.
+    """
+    total = math.prod(shape)
+    most = min(1024, max(MOST_PARTIAL_ITEMS // count, min(FEW_SPLITS, total // (2 * count))))
+    if total <= REDUCTION_TILE_ITEMS or most < 2:
+        return Grid(shape, tuple(max(n, 1) for n in shape))
+    items = max(REDUCTION_TILE_ITEMS, -(-total // most))
+    while True:
+        grid = Grid(shape, slab_sizes(shape, items))
+        if grid.ntasks <= most:
+            return grid
+        items += items // 4  # boxes are whole rows, so that there may be more of them than wanted
 
 
 def walked_grid(edges: Edges, axes: tuple[int, ...]) -> Grid:

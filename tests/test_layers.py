@@ -44,7 +44,7 @@ storage kernels.program
 handle travel
 shared_memory
 shared optimise kernels.numpy fuse
-kernels.reduce kernels.scan kernels.sources kernels.parts hoist passes
+kernels.reduce kernels.scan kernels.sources kernels.parts kernels.accumulate hoist passes
 kernels.llvm.kernel
 kernels.llvm.engine
 engines
@@ -55,7 +55,7 @@ explain
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
-ops.linalg ops.padding ops.overlap iterate
+ops.linalg ops.accumulators ops.padding ops.overlap iterate
 array
 __init__ doctor
 __main__
@@ -75,6 +75,7 @@ DOORS = {
         "storage",
         "templates",
         "engines",
+        "kernels.accumulate",
         "kernels.numpy",
         "kernels.parts",
         "kernels.reduce",
@@ -89,7 +90,15 @@ DOORS = {
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},
-    "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
+    "scheduler.segments": {
+        "doctor",
+        "kernels.accumulate",
+        "kernels.numpy",
+        "kernels.reduce",
+        "kernels.scan",
+        "kernels.sources",
+        "kernels.llvm.kernel",
+    },
     "scheduler.locks": {"shared_memory", "storage"},
     "scheduler.shared": {"shared", "shared_memory"},
     "scheduler.spill": {"doctor"},

@@ -179,6 +179,8 @@ def _function(name: str) -> Callable[..., Any]:
         out = params.pop("out", None)
         return _into(apply(name, *operands, **params), out)
 
+    if isinstance(row.numpy, np.ufunc) and row.nout == 1:
+        function.at = row.numpy.at  # type: ignore[attr-defined]  # as NumPy's ufunc has it; it finds `Array.__array_ufunc__`
     own = (row.numpy.__doc__ or "").strip().split("\n\n")
     summary = next((p for p in own if p and not p.startswith(name + "(")), f"{name}, element by element.")
     function.__name__ = function.__qualname__ = name
@@ -189,7 +191,7 @@ def _function(name: str) -> Callable[..., Any]:
     return function
 
 
-_OWN = {"where", "clip", "round", "isclose", "nan_to_num", "astype"}
+_OWN = {"digitize", "where", "clip", "round", "isclose", "nan_to_num", "astype"}
 ELEMENTWISE: dict[str, Callable[..., Any]] = {name: _function(name) for name in ROWS if name not in _OWN}
 for _alias, _target in sorted(vars(np).items()):
     if isinstance(_target, np.ufunc) and _target.signature is None and _alias not in ELEMENTWISE:

@@ -144,6 +144,10 @@ def _round(x: Any, out: NDArray, **kwargs: Any) -> None:
         np.round(x, out=out, **kwargs)
 
 
+def _digitize(x: Any, edges: bytes, edges_dtype: str, right: bool) -> Any:
+    return np.digitize(x, np.frombuffer(edges, edges_dtype), right)
+
+
 _REST = [
     Row("astype", _cast, 1, np.asarray, in_place=False),
     Row("where", _where, 3, np.where, in_place=False, weight=2),
@@ -160,6 +164,7 @@ _REST = [
     Row("iscomplex", _by_result(np.iscomplex), 1, np.iscomplex, in_place=False),
     Row("isreal", _by_result(np.isreal), 1, np.isreal, in_place=False),
     Row("sinc", _by_result(np.sinc), 1, np.sinc, in_place=False, weight=12),
+    Row("digitize", _by_result(_digitize), 1, _digitize, in_place=False, weight=12),
     Row("i0", _by_result(np.i0), 1, np.i0, in_place=False, weight=20),
 ]
 
