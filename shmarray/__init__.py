@@ -16,12 +16,14 @@ from numpy import e, euler_gamma, inf, nan, newaxis, pi
 from scheduler.run import Pool
 from shmarray import shared
 from shmarray.array import Array, allclose, answer_for, array_equal
+from shmarray.checkpoint import Checkpoint, CheckpointInfo, list_checkpoints, load_checkpoint, save_checkpoint
 from shmarray.chunks import normalize_chunks
 from shmarray.compute import compute, persist
 from shmarray.config import config
 from shmarray.errors import (
     AbandonedLockError,
     ChangedInput,
+    CheckpointError,
     ChunkError,
     HandleExpired,
     LockError,
@@ -54,6 +56,9 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "AbandonedLockError",
     "Array",
     "ChangedInput",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointInfo",
     "ChunkError",
     "HandleExpired",
     "LockError",
@@ -74,6 +79,8 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "euler_gamma",
     "explain",
     "inf",
+    "list_checkpoints",
+    "load_checkpoint",
     "map_blocks",
     "nan",
     "newaxis",
@@ -81,6 +88,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "persist",
     "pi",
     "random",
+    "save_checkpoint",
     "shared",
     *sorted(_FAMILIES),
 ]

@@ -48,9 +48,9 @@ kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
-templates partial
+templates partial npy
 compute
-explain
+explain checkpoint
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
