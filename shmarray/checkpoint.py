@@ -105,7 +105,7 @@ def save_checkpoint(path: str | os.PathLike[str], /, step: int = 0, *, keep: int
     ``values`` are arrays of this package, stored or lazy (those are computed, together, as they are written), NumPy arrays and
     scalars, and what JSON has: None, bool, int, float, str, lists, dicts with names. Any dtype but object. All cells of stored
     arrays are locked to read until their bytes are out of memory, so that none of them changes meanwhile. Worker processes write,
-    a slab of 4 MiB at a time, with its CRC-32. The checkpoint is on the disk when this returns; until then, whatever happens, the
+    a slab of 1 MiB at a time, with its CRC-32. The checkpoint is on the disk when this returns; until then, whatever happens, the
     directory holds what it held before. One of the same step is replaced. Of older steps the newest ``keep - 1`` whole ones stay;
     None: all stay. Those of later steps are never touched.
 
@@ -321,7 +321,9 @@ def _write_all(file: int, data: bytes) -> None:
         rest = rest[os.write(file, rest) :]
 
 
-def _write_manifest(directory: str, step: int, entries: Mapping[str, Any], plain: Mapping[str, Any], stack: contextlib.ExitStack) -> None:
+def _write_manifest(
+    directory: str, step: int, names: list[str], entries: Mapping[str, Any], plain: Mapping[str, Any], stack: contextlib.ExitStack
+) -> None:
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -450,8 +452,10 @@ def _own_directory(root: str) -> Iterator[str]:
         os.mkdir(own)
         yield own
     finally:
-        _remove(own)
-        os.close(lock)
+        try:
+            _remove(own)
+        finally:
+            os.close(lock)
 
 
 def _locked(path: str, flags: int = 0) -> int:

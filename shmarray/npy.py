@@ -34,7 +34,7 @@ __all__ = ["File", "WriteError", "header_of", "read", "slabs_of", "storable_desc
 
 NDArray = np.ndarray[Any, Any]
 
-SLAB_NBYTES = 4 << 20
+SLAB_NBYTES = 1 << 20  # few enough checksums, small enough to be in cache when they are taken
 ALIGNMENT = 64  # of the first element, as NumPy does it
 
 
