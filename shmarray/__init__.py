@@ -39,6 +39,7 @@ from shmarray.errors import (
 from shmarray.explain import explain
 from shmarray.ops import creation, elementwise, linalg, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
+from shmarray.progress import ProgressBar
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "Pool",
     "PartialUpdateError",
     "PoolClosed",
+    "ProgressBar",
     "SharedMemoryError",
     "TaskError",
     "TornChunkError",

@@ -48,7 +48,7 @@ kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
-templates partial npy
+templates partial npy progress
 compute
 explain checkpoint
 ops.elementwise ops.random
@@ -69,6 +69,7 @@ DOORS = {
         "explain",
         "partial",
         "plan",
+        "progress",
         "shared_memory",
         "storage",
         "templates",
@@ -81,10 +82,10 @@ DOORS = {
     },
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
-    "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
+    "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "progress", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},
+    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "progress", "shared", "storage"},
     "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"shared_memory", "storage"},
     "scheduler.shared": {"shared", "shared_memory"},
@@ -102,6 +103,9 @@ LATE = {
     ("shmarray.engines", "shmarray.kernels.llvm.engine"),
     ("shmarray.explain", "shmarray.kernels.llvm.engine"),
     ("shmarray.ops.linalg", "threadpoolctl"),
+    ("shmarray.progress", "rich.console"),
+    ("shmarray.progress", "rich.progress"),
+    ("shmarray.progress", "tqdm.auto"),
 }
 
 
