@@ -936,6 +936,7 @@ class State:
             if layer.is_opened:
                 live |= plan.temporaries(layer.layer)
         assert unfinished == plan.unfinished_layers
+        assert plan.tally.done == sum(layer.finished.count for layer in plan.layers), plan.tally.done
         assert users == {b: n for b, n in plan.buffer_users.items() if n}
         assert plan.live == {b for b in live if plan.buffer_users.get(b)}
         assert plan.live_nbytes == sum(plan.plan.buffers[b].room_nbytes for b in plan.live)

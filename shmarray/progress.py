@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from shmarray.config import config
 
 __all__ = ["Meter", "ProgressBar", "shown"]
 
+TEXT_COLUMNS = 72  # left for what stands beside the bar
 RATE_S = 10.0  # the rate is that of the last so many seconds
 
 
@@ -229,6 +231,12 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _columns(out: Any) -> int:
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.get_terminal_size(out.fileno()).columns or 80
+    return 80
+
+
 class _Display(Protocol):
     def show(self, done: int, total: int | None, text: str) -> None: ...
 
@@ -239,6 +247,7 @@ def _display(out: Any, width: int, description: str) -> _Display:
     """Return the first of rich, tqdm and plain text that there is. In notebooks the former two need ipywidgets."""
     if not _is_terminal(out) and importlib.util.find_spec("ipywidgets") is None:
         return _Text(out, width, description)
+    width = max(min(width, _columns(out) - TEXT_COLUMNS - len(description)), 5)
     for made in (_Rich, _Tqdm):
         with contextlib.suppress(ImportError):
             return made(out, width, description)
@@ -249,10 +258,12 @@ class _Rich:
     def __init__(self, out: Any, width: int, description: str) -> None:
         from rich.console import Console  # 0.07 s, and an extra: only when something is drawn
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn  # as above
+        from rich.table import Column  # as above
 
         console = Console(file=out) if _is_terminal(out) else Console(stderr=True)
         name = TextColumn("{task.description}", markup=False)
-        columns = [BarColumn(width), TaskProgressColumn(), TextColumn("{task.fields[text]}", markup=False)]
+        text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        columns = [BarColumn(width), TaskProgressColumn(), text]
         # The user's own streams stay what they are: they may be exchanged by others meanwhile.
         self.progress = Progress(
             *([name] if description else []), *columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
@@ -271,13 +282,14 @@ class _Tqdm:
     def __init__(self, out: Any, width: int, description: str) -> None:
         from tqdm.auto import tqdm  # an extra, and only when something is drawn
 
-        form = f"{{desc}}{{percentage:3.0f}}%|{{bar:{width}}}| {{postfix}}"
+        self.form = f"{{desc}}{{percentage:3.0f}}%|{{bar:{width}}}| "
         file = {"file": out} if _is_terminal(out) else {}
-        self.bar: Any = tqdm(total=1, desc=description or None, bar_format=form, mininterval=0, miniters=1, dynamic_ncols=True, **file)
+        self.bar: Any = tqdm(total=1, desc=description or None, bar_format=self.form, mininterval=0, miniters=1, dynamic_ncols=True, **file)
 
     def show(self, done: int, total: int | None, text: str) -> None:
         self.bar.total, self.bar.n = total or max(done, 1), done
-        self.bar.set_postfix_str(text)
+        self.bar.bar_format = self.form + text.replace("{", "{{").replace("}", "}}")
+        self.bar.refresh()
 
     def close(self) -> None:
         self.bar.close()
@@ -294,7 +306,7 @@ class _Text:
         if total:
             full = min(done * self.width // total, self.width)
             text = f"[{'#' * full}{' ' * (self.width - full)}] {100 * done // total:3d}% {text}"
-        line = f"{self.description} {text}".strip()
+        line = f"{self.description} {text}".strip()[: _columns(self.out) - 1]  # a line that is broken cannot be written over
         self.out.write(f"\r{line}{' ' * (self.written - len(line))}")
         self.out.flush()
         self.written = len(line)

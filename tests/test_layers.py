@@ -105,6 +105,7 @@ LATE = {
     ("shmarray.ops.linalg", "threadpoolctl"),
     ("shmarray.progress", "rich.console"),
     ("shmarray.progress", "rich.progress"),
+    ("shmarray.progress", "rich.table"),
     ("shmarray.progress", "tqdm.auto"),
 }
 
