@@ -149,9 +149,10 @@ def save_checkpoint(path: str | os.PathLike[str], /, step: int = 0, *, keep: int
             entries = {file.given.name: file.entry(checksums.get(file.given.name)) for file in files}
             _write_manifest(new, number, [*values], entries, plain, stack)
             _sync(new)
-            place = _publish(own, root, number)
-            if keep is not None:
-                _prune(own, root, number, keep - 1)
+            with _alone(root):
+                place = _publish(own, root, number)
+                if keep is not None:
+                    _prune(own, root, number, keep - 1)
             return place
 
 
@@ -166,28 +167,33 @@ def load_checkpoint(path: str | os.PathLike[str], /, step: int | None = None) ->
     when it does not fit.
     """
     root = os.path.abspath(os.fspath(path))
-    problems: dict[str, str] = {}  # by name, of those that were tried
+    problems: dict[tuple[str, tuple[int, ...]], str] = {}  # of those that were tried
     wanted = None if step is None else _checked_step(step)
     while True:
-        # Anew each time: a writer may have removed what it no longer keeps, when something newer was there.
-        names = [n for n in _names(root) if n not in problems and wanted in (None, _step_of(n))]
-        if not names:
+        # Anew each time: a writer may have replaced it, or removed what it no longer keeps, when something newer was there.
+        names = [name for name in _names(root) if wanted in (None, _step_of(name))]
+        found = [(name, _identity(os.path.join(root, name))) for name in names]
+        untried = [one for one in found if one not in problems]
+        if not untried:
             break
-        directory = os.path.join(root, names[0])
+        name, identity = untried[0]
+        if not identity:
+            continue  # it went between the two looks
+        directory = os.path.join(root, name)
         try:
             return _load(directory)
         except DamagedFile as error:
-            problems[names[0]] = str(error)
-        if not os.path.isdir(directory):
-            problems[names[0]] += " (it was removed meanwhile)"
+            problems[name, identity] = str(error)
+        if _identity(directory) != identity:
+            problems[name, identity] += " (it was removed meanwhile)"
         elif step is None:
-            warnings.warn(f"the checkpoint {directory} is passed over: {problems[names[0]]}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"the checkpoint {directory} is passed over: {problems[name, identity]}", RuntimeWarning, stacklevel=2)
     if not problems:
         there = sorted({_step_of(n) for n in _names(root)})
         which = f"no checkpoint of step {step}" if step is not None and there else "no checkpoint"
         steps = f"; there are those of steps {', '.join(map(str, there[-10:]))}" if there else ""
         raise FileNotFoundError(errno.ENOENT, f"{which} in this directory{steps}", root)
-    listed = "".join(f"\n  {name}: {problem}" for name, problem in problems.items())
+    listed = "".join(f"\n  {name}: {problem}" for (name, _), problem in problems.items())
     raise CheckpointError(f"loading {'a checkpoint' if step is None else f'checkpoint {step}'} from {root!r}: none is whole.{listed}")
 
 
@@ -361,16 +367,15 @@ def _publish(own: str, root: str, step: int) -> str:
     new, target = os.path.join(own, "new"), os.path.join(root, f"step-{step:012d}")
     before = [name for name in _names(root) if _step_of(name) == step]
     found = target if not before else f"{target}.{_generation_of(before[0]) + 1}"
-    while not _renamed(new, found):  # another writer of this very step was faster
+    while not _renamed(new, found):  # only without locks: another writer of this very step was faster
         found = f"{target}.{_generation_of(os.path.basename(found)) + 1}"
     _sync(root)
     if found != target:
         for name in before:
             _move_away(own, os.path.join(root, name))
-        with contextlib.suppress(FileNotFoundError):  # another writer of this step has replaced it already
-            if _renamed(found, target):
-                found = target
-                _sync(root)
+        if _renamed(found, target):
+            found = target
+            _sync(root)
     return found
 
 
@@ -404,7 +409,7 @@ def _move_away(own: str, directory: str) -> None:
     try:
         os.rename(directory, os.path.join(own, f"old-{secrets.token_hex(4)}"))
     except FileNotFoundError:
-        pass  # another writer was faster
+        pass  # only without locks: another writer was faster
     except OSError as error:
         _log.warning("the old checkpoint %s could not be removed: %s", directory, error)
 
@@ -436,6 +441,18 @@ def _sync(directory: str) -> None:
             raise
     finally:
         os.close(number)
+
+
+@contextlib.contextmanager
+def _alone(root: str) -> Iterator[None]:
+    """Keep other writers waiting: who replaces a checkpoint must not take away the one that another has just put there."""
+    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: then one writer at a time is the user's duty
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 @contextlib.contextmanager
@@ -505,6 +522,14 @@ def _names(root: str) -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(found, key=lambda name: (_step_of(name), _generation_of(name)), reverse=True)
+
+
+def _identity(directory: str) -> tuple[int, ...]:
+    """Return what tells a checkpoint from another one that gets its name; an empty tuple when there is none."""
+    with contextlib.suppress(OSError):
+        found = os.stat(directory)
+        return found.st_ino, found.st_mtime_ns
+    return ()
 
 
 def _step_of(name: str) -> int:
