@@ -18,7 +18,7 @@ import weakref
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from scheduler import executors, faults, worker
 from scheduler.errors import MemoryBudgetError, PoolClosed, SharedMemoryError, SpillError
@@ -29,9 +29,9 @@ from scheduler.pool import WorkerPool, can_start_workers
 from scheduler.running import Room, is_inline
 from scheduler.segments import Arena, Memory, permit_workers
 from scheduler.spill import OFF, SpillFile, default_directory
-from scheduler.task import SPILL, Outcome, Plan, Report
+from scheduler.task import SPILL, Outcome, Plan, Report, Tally
 
-__all__ = ["RESERVED_SHARE", "Pool", "PoolStatistics", "configure_default", "default_pool"]
+__all__ = ["RESERVED_SHARE", "Pool", "PoolStatistics", "Watcher", "configure_default", "default_pool", "is_watched", "unwatch", "watch"]
 
 TINY_NBYTES = 2 << 20  # moved: done in the driver sooner than told to a worker
 LARGE_NBYTES = 1 << 20  # from here on an allocation looks after the warm memory as well
@@ -122,13 +122,19 @@ class Pool:
         module = self._executor(plan, executor)
         depth = getattr(self._local, "depth", 0)
         self._plans += 1  # a lost count under a race of threads would harm nobody
+        outcome = outcome or Outcome()
+        watchers = _watchers
         try:
             self._local.depth = depth + 1
-            report: Report = module.run(self, plan, outcome or Outcome())
+            for watcher in watchers:
+                watcher.began(self, outcome.tally)
+            report: Report = module.run(self, plan, outcome)
             faults.point("return")
             return report
         finally:
             self._local.depth = depth
+            for watcher in watchers:
+                watcher.ended(outcome.tally)
 
     def _executor(self, plan: Plan, name: str | None) -> Any:
         if name is not None and name not in _KNOWN:
@@ -435,6 +441,39 @@ class Pool:
         return f"<Pool {state}>"
 
 
+class Watcher(Protocol):
+    """Is told, in the thread that runs it, of every plan of this process that is begun while it watches. Must not raise."""
+
+    def began(self, pool: Pool, tally: Tally) -> None:
+        """Take note of a plan; ``tally`` says at any time how far it is."""
+
+    def ended(self, tally: Tally) -> None:
+        """Take note of its end, however it came."""
+
+
+_watchers: tuple[Watcher, ...] = ()  # replaced as a whole, under the lock below
+_watchers_lock = threading.Lock()
+
+
+def watch(watcher: Watcher) -> None:
+    """Have a watcher told of plans from now on."""
+    global _watchers
+    with _watchers_lock:
+        _watchers = (*_watchers, watcher)
+
+
+def unwatch(watcher: Watcher) -> None:
+    """Tell it of no more. Of one that does not watch, nothing."""
+    global _watchers
+    with _watchers_lock:
+        _watchers = tuple(w for w in _watchers if w is not watcher)
+
+
+def is_watched() -> bool:
+    """Return whether anybody watches."""
+    return bool(_watchers)
+
+
 _KNOWN = frozenset(module.name for module in pkgutil.iter_modules(executors.__path__))
 _modules: dict[str, Any] = {}
 _said: set[str] = set()
@@ -475,8 +514,10 @@ def default_pool() -> Pool:
 
 
 def _start_anew_in_child() -> None:
-    global _default_lock
+    global _default_lock, _watchers, _watchers_lock
     _default_lock = threading.Lock()  # its holder may not exist here
+    _watchers_lock = threading.Lock()
+    _watchers = ()  # the threads that draw are not here
 
 
 os.register_at_fork(after_in_child=_start_anew_in_child)

@@ -164,7 +164,7 @@ class Running:
     def submission(self) -> Submitted:
         """Return what the state machine is told of the plan."""
         done = self.plan.progress or Progress()
-        return Submitted(self.plan_id, self.plan, self.room_nbytes, done.finished, done.steps)
+        return Submitted(self.plan_id, self.plan, self.room_nbytes, done.finished, done.steps, self.outcome.tally)
 
     def open(self, index: int) -> None:
         """Allocate what the layer touches and has no address yet. Comes before the first of its tasks."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from scheduler.errors import TaskError, TornChunkError, WorkerDied
-from scheduler.task import Dependency, Layer, Plan
+from scheduler.task import Dependency, Layer, Plan, Tally
 
 __all__ = [
     "DRIVER_LANE",
@@ -66,7 +66,8 @@ FIRST_RANGE = 16  # tasks, at most, of a layer of unknown cost
 class Submitted:
     """A plan is to be run. ``room_nbytes``: how much its temporaries may occupy at once; None: no limit.
 
-    ``finished`` and ``steps`` as in `PlanFailed`: what an earlier run of the plan has done, and this one goes on from.
+    ``finished`` and ``steps`` as in `PlanFailed`: what an earlier run of the plan has done, and this one goes on from. ``tally`` is kept
+    up to date for others to look at; nothing here depends on it.
     """
 
     plan_id: int
@@ -74,6 +75,7 @@ class Submitted:
     room_nbytes: int | None = None
     finished: tuple[tuple[int, int, int], ...] = ()
     steps: tuple[tuple[int, int, int], ...] = ()
+    tally: Tally | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +365,7 @@ class _PlanState:
         "plan",
         "plan_id",
         "room_nbytes",
+        "tally",
         "unfinished",
         "unfinished_layers",
     )
@@ -389,6 +392,9 @@ class _PlanState:
         self.alone: set[tuple[int, int]] = set()  # tasks that died for lack of memory: nothing else of the plan runs until they are done
         self.unfinished: list[tuple[int, int, int]] = []
         self._resume(event)
+        self.tally = event.tally or Tally()
+        self.tally.total = sum(layer.ntasks for layer in self.layers)
+        self.tally.done = sum(layer.finished.count for layer in self.layers)
         for state in self.layers:
             for dependency in state.layer.dependencies:
                 self.layers[dependency.layer].consumers.append((state.index, dependency.requires is not None))
@@ -584,6 +590,7 @@ class _PlanState:
             return
         is_first = not state.finished.count
         state.finished.add(start, stop)
+        self.tally.done += stop - start
         if self.alone:
             self.alone = {(i, task) for i, task in self.alone if i != state.index or not start <= task < stop}
         for task in [t for t in state.steps if start <= t < stop] if state.steps else ():
@@ -929,6 +936,7 @@ class State:
             if layer.is_opened:
                 live |= plan.temporaries(layer.layer)
         assert unfinished == plan.unfinished_layers
+        assert plan.tally.done == sum(layer.finished.count for layer in plan.layers), plan.tally.done
         assert users == {b: n for b, n in plan.buffer_users.items() if n}
         assert plan.live == {b for b in live if plan.buffer_users.get(b)}
         assert plan.live_nbytes == sum(plan.plan.buffers[b].room_nbytes for b in plan.live)

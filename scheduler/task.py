@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Report",
+    "Tally",
 ]
 
 ARENA = 0  # offset counts from the start of the pool's arena
@@ -158,17 +159,27 @@ class Progress:
     temporaries: Mapping[int, Any] = field(default_factory=dict)
 
 
+class Tally:
+    """How far a run is: ``done`` of ``total`` tasks. Written by whoever drives the state machine alone; any thread may look."""
+
+    __slots__ = ("done", "total")
+
+    def __init__(self) -> None:
+        self.done = self.total = 0
+
+
 class Outcome:
     """How a run went, for whoever meets an exception of it, be it a Ctrl-C: filled in by whichever thread ends the plan.
 
     ``began``: tasks may have run. ``progress``: what they have done, when the plan did not come to its end. None, though it
-    ``began`` and has not ``finished``: it is still running.
+    ``began`` and has not ``finished``: it is still running. ``tally``: how far it is, while it runs.
     """
 
-    __slots__ = ("began", "finished", "progress")
+    __slots__ = ("began", "finished", "progress", "tally")
 
     def __init__(self) -> None:
         self.began = self.finished = False
+        self.tally = Tally()
         self.progress: Progress | None = None
 
 

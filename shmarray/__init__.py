@@ -16,12 +16,14 @@ from numpy import e, euler_gamma, inf, nan, newaxis, pi
 from scheduler.run import Pool
 from shmarray import shared
 from shmarray.array import Array, allclose, answer_for, array_equal
+from shmarray.checkpoint import Checkpoint, CheckpointInfo, list_checkpoints, load_checkpoint, save_checkpoint
 from shmarray.chunks import normalize_chunks
 from shmarray.compute import compute, persist
 from shmarray.config import config
 from shmarray.errors import (
     AbandonedLockError,
     ChangedInput,
+    CheckpointError,
     ChunkError,
     HandleExpired,
     LockError,
@@ -39,6 +41,7 @@ from shmarray.iterate import Frame, iterate
 from shmarray.ops import accumulators, creation, elementwise, linalg, overlap, padding, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
 from shmarray.ops.overlap import map_overlap
+from shmarray.progress import ProgressBar
 
 __version__ = "0.1.0"
 
@@ -58,6 +61,9 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "AbandonedLockError",
     "Array",
     "ChangedInput",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointInfo",
     "ChunkError",
     "Frame",
     "HandleExpired",
@@ -66,6 +72,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "Pool",
     "PartialUpdateError",
     "PoolClosed",
+    "ProgressBar",
     "SharedMemoryError",
     "TaskError",
     "TornChunkError",
@@ -80,6 +87,8 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "explain",
     "inf",
     "iterate",
+    "list_checkpoints",
+    "load_checkpoint",
     "map_blocks",
     "map_overlap",
     "nan",
@@ -89,6 +98,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "persist",
     "pi",
     "random",
+    "save_checkpoint",
     "shared",
     *sorted(_FAMILIES),
 ]

@@ -172,17 +172,19 @@ class Array(Handle):
 
     # --- computing ---------------------------------------------------------------------------------------------------------
 
-    def compute(self, scheduler: str | None = None, out: Any = None) -> Any:
+    def compute(self, scheduler: str | None = None, out: Any = None, progress: bool | None = None) -> Any:
         """Return the values: a fresh, writable NumPy array of the caller's own; a NumPy scalar when 0-d.
 
         Of a stored array: a read-only view, without a copy, whose values never change (a later write moves the array). ``out``: a
         stored array or a NumPy array to write the values to, which is returned. ``scheduler``: "processes", "threads" or
-        "synchronous"; None: ``config.scheduler``, else by the amount of work.
+        "synchronous"; None: ``config.scheduler``, else by the amount of work. ``progress``: whether to show how far it is, as in
+        `ProgressBar`; None: ``config.progress``.
         """
         if out is not None:
-            self._compute_into(out, scheduler)
+            with running.asked(progress):
+                self._compute_into(out, scheduler)
             return out
-        return running.compute(self, scheduler=scheduler)[0]
+        return running.compute(self, scheduler=scheduler, progress=progress)[0]
 
     def _compute_into(self, out: Any, scheduler: str | None) -> None:
         if not isinstance(out, (Array, np.ndarray)):
@@ -213,9 +215,9 @@ class Array(Handle):
         if self._layout is not None and self.size and any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
             raise ValueError(f"assignment destination is read-only: shape {self.shape} is a broadcast, whose elements share memory")
 
-    def persist(self, scheduler: str | None = None) -> Array:
-        """Return it as a stored array, computed now; itself when it is stored."""
-        persisted: Array = running.persist(self, scheduler=scheduler)[0]
+    def persist(self, scheduler: str | None = None, progress: bool | None = None) -> Array:
+        """Return it as a stored array, computed now; itself when it is stored. ``progress`` as in `compute`."""
+        persisted: Array = running.persist(self, scheduler=scheduler, progress=progress)[0]
         return persisted
 
     def copy(self, order: str = "C") -> Array:

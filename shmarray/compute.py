@@ -33,11 +33,13 @@ from shmarray.handle import Handle, in_memory, wrap_stored
 from shmarray.optimise import substitute
 from shmarray.partial import Damage, damage_of
 from shmarray.plan import Target
+from shmarray.progress import shown
 from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
 from shmarray.templates import plan_for
 
 __all__ = [
+    "asked",
     "check_inputs",
     "compute",
     "current_pool",
@@ -67,11 +69,17 @@ def current_pool() -> Pool:
     return default_pool()
 
 
-def compute(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
+def asked(progress: bool | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a block in which computations of this thread show how far they are, or do not; None: as `config.progress` says."""
+    return contextlib.nullcontext() if progress is None else config.set(progress=progress)
+
+
+def compute(*args: Any, scheduler: str | None = None, progress: bool | None = None) -> tuple[Any, ...]:
     """Return the values of several arrays, computed together: work they share is done once, one pass reads a common input.
 
     Arguments that are not shmarray arrays come back as they are. Each result is a fresh, writable NumPy array of the caller's
-    own; of a stored array a read-only view without a copy; of a 0-d array a NumPy scalar.
+    own; of a stored array a read-only view without a copy; of a 0-d array a NumPy scalar. ``progress``: whether to show how far it
+    is, as in `ProgressBar`; None: ``config.progress``.
 
     >>> import shmarray as sa
     >>> x = sa.arange(5.0)
@@ -79,7 +87,8 @@ def compute(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
     (np.float64(10.0), np.float64(4.0))
     """
     lazy = [a for a in args if isinstance(a, Handle) and a._storage is None]
-    values = iter(_fresh([a.node for a in lazy], scheduler))
+    with asked(progress):
+        values = iter(_fresh([a.node for a in lazy], scheduler))
     out: list[Any] = []
     for a in args:
         if not isinstance(a, Handle):
@@ -129,14 +138,15 @@ def goes_straight(node: Expr, out: NDArray) -> bool:
     return not builtins.any(np.may_share_memory(n.held.array, out) for n in postorder([node]) if isinstance(n, InMemory))
 
 
-def persist(*args: Any, scheduler: str | None = None) -> tuple[Any, ...]:
-    """Return the arrays as stored ones, computed together; one that is stored is returned itself."""
+def persist(*args: Any, scheduler: str | None = None, progress: bool | None = None) -> tuple[Any, ...]:
+    """Return the arrays as stored ones, computed together; one that is stored is returned itself. ``progress`` as in `compute`."""
     lazy = [a for a in args if isinstance(a, Handle) and a._storage is None]
     pool = current_pool()
     storages = [Storage(pool, a.shape, a.dtype, a.chunks) for a in lazy]
     # Memory that nobody has touched is zero already.
     work = [(a.node, s) for a, s in zip(lazy, storages, strict=True) if not (s.extent.was_cold and is_zero(a.node))]
-    run([n for n, _ in work], [Target(s.shape, s.dtype, storage=s, layout=s.layout, is_new=True) for _, s in work], scheduler, pool)
+    with asked(progress):
+        run([n for n, _ in work], [Target(s.shape, s.dtype, storage=s, layout=s.layout, is_new=True) for _, s in work], scheduler, pool)
     stored = iter([wrap_stored(s, s.layout, a.chunks) for s, a in zip(storages, lazy, strict=True)])
     return tuple(next(stored) if isinstance(a, Handle) and a._storage is None else a for a in args)
 
@@ -212,7 +222,7 @@ def run(
     uses = [(node.storage, _where(node), "r") for node in stored]
     uses += [(target.storage, target.layout, "w") for _, target in pairs if target.storage is not None and target.layout is not None]
     # All at once, before looking: no write can come between the check and the run, and nobody waits holding half of them.
-    with hold_all(uses) if uses else contextlib.nullcontext():
+    with hold_all(uses) if uses else contextlib.nullcontext(), shown():
         _run_locked(pairs, stored, scheduler, pool, line)
 
 

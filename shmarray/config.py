@@ -45,6 +45,14 @@ def _seconds(value: Any) -> float:
     return number
 
 
+def _flag(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("0", "1", "false", "true", "off", "on", "no", "yes"):
+        return value.lower() in ("1", "true", "on", "yes")
+    if value in (False, True):
+        return bool(value)
+    raise ValueError(f"got {value!r}, expected True or False")
+
+
 def _text(value: Any) -> str:
     return os.path.expanduser(str(os.fspath(value)))
 
@@ -72,6 +80,7 @@ _CHECKS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "engine": _engine,
         "cache_directory": _text,
         "task_timeout": _seconds,
+        "progress": _flag,
     }
 )
 _DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -84,6 +93,7 @@ _DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "engine": "auto",  # compiled kernels where the work pays for compiling
         "cache_directory": None,  # of compiled kernels: the user's cache directory
         "task_timeout": None,
+        "progress": False,
     }
 )
 
@@ -102,6 +112,7 @@ class Config:
     engine              "auto"                "auto", "llvm" or "numpy": which kernels are compiled
     cache_directory     ~/.cache/shmarray     where compiled kernels are kept
     task_timeout        none                  seconds that one task may keep a worker process before that is killed
+    progress            False                 whether computations show how far they are, as in `ProgressBar`
     =================== ===================== =====================================================================
 
     >>> import shmarray as sa

@@ -27,7 +27,9 @@ from scheduler.errors import (
 __all__ = [
     "AbandonedLockError",
     "ChangedInput",
+    "CheckpointError",
     "ChunkError",
+    "DamagedFile",
     "HandleExpired",
     "LockError",
     "MemoryBudgetError",
@@ -136,3 +138,11 @@ def _rebuild(kind: type[BaseException], message: str, updated: Any, untouched: A
 
 class ChunkError(ValueError):
     """Chunks that do not tile the shape, or that do not match the blocks of another argument."""
+
+
+class DamagedFile(ValueError):
+    """A file does not hold what was written to it."""
+
+
+class CheckpointError(RuntimeError):
+    """There are checkpoints, but none that was asked for is whole; the text says what is wrong with each."""

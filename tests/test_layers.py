@@ -49,9 +49,9 @@ kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
-templates partial
+templates partial npy progress
 compute
-explain
+explain checkpoint
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
@@ -71,6 +71,7 @@ DOORS = {
         "iterate",
         "partial",
         "plan",
+        "progress",
         "shared_memory",
         "storage",
         "templates",
@@ -86,10 +87,10 @@ DOORS = {
     "scheduler.repeat": {"iterate", "plan"},
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
-    "scheduler.run": {"__init__", "compute", "doctor", "explain", "iterate", "plan", "storage", "templates"},
+    "scheduler.run": {"__init__", "compute", "doctor", "explain", "iterate", "plan", "progress", "storage", "templates"},
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},
+    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "progress", "shared", "storage"},
     "scheduler.segments": {
         "doctor",
         "kernels.accumulate",
@@ -115,6 +116,10 @@ LATE = {
     ("shmarray.engines", "shmarray.kernels.llvm.engine"),
     ("shmarray.explain", "shmarray.kernels.llvm.engine"),
     ("shmarray.ops.linalg", "threadpoolctl"),
+    ("shmarray.progress", "rich.console"),
+    ("shmarray.progress", "rich.progress"),
+    ("shmarray.progress", "rich.table"),
+    ("shmarray.progress", "tqdm.auto"),
 }
 
 
