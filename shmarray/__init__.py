@@ -37,6 +37,7 @@ from shmarray.errors import (
 from shmarray.explain import explain
 from shmarray.ops import creation, elementwise, linalg, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
+from shmarray.pipeline import PipelineReport, expression, ordered, pipeline, stream
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "MemoryBudgetError",
     "Pool",
     "PartialUpdateError",
+    "PipelineReport",
     "PoolClosed",
     "SharedMemoryError",
     "TaskError",
@@ -73,15 +75,19 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "e",
     "euler_gamma",
     "explain",
+    "expression",
     "inf",
     "map_blocks",
     "nan",
     "newaxis",
     "normalize_chunks",
+    "ordered",
     "persist",
     "pi",
+    "pipeline",
     "random",
     "shared",
+    "stream",
     *sorted(_FAMILIES),
 ]
 

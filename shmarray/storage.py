@@ -108,13 +108,13 @@ class Storage:
 
     is_shared = False  # between processes, so that others write it
 
-    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> None:
+    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks, *, may_spill: bool = True) -> None:
         self.pool = pool
         self.shape = shape
         self.dtype = dtype
         self.nbytes = max(1, math.prod(shape) * dtype.itemsize)
         _forget_ended_children()  # for what was kept for them
-        self.extent = pool.allocate(self.nbytes)
+        self.extent = pool.allocate(self.nbytes, may_spill=may_spill)
         self.identity = next(_identities)
         self.version = 0
         # (version, the user's line, what was written); appended to under the mutex, by who holds the write locks.

@@ -43,14 +43,15 @@ storage kernels.program
 handle travel
 shared_memory
 shared optimise kernels.numpy fuse
-kernels.reduce kernels.scan kernels.sources passes
+kernels.reduce kernels.scan kernels.sources kernels.calls passes
 kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
 templates partial
 compute
-explain
+explain stages
+pipeline
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
@@ -77,19 +78,22 @@ DOORS = {
         "kernels.reduce",
         "kernels.scan",
         "kernels.sources",
+        "kernels.calls",
         "kernels.llvm.kernel",
+        "stages",
     },
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
-    "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
+    "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "stages", "storage", "templates"},
+    "scheduler.running": {"pipeline", "stages"},  # to end several runs together
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},
+    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "pipeline", "shared", "storage"},
     "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"shared_memory", "storage"},
     "scheduler.shared": {"shared", "shared_memory"},
     "scheduler.spill": {"doctor"},
-    "scheduler.results": {"plan"},
+    "scheduler.results": {"plan", "stages"},
 }
 
 # Imports inside functions, each with its reason in a comment beside it: (file, module).
