@@ -531,7 +531,7 @@ class _Loop:
         for message in member.receive():
             match message:
                 case ("done", run_id, elapsed_s, warned, answers):
-                    self._note(member, run_id, warned, answers)
+                    self._note(member, run_id, warned, answers, elapsed_s)
                     self.attempts[member.slot].succeeded()
                     self._feed(RangeFinished(member.slot, run_id, elapsed_s))
                 case ("failed", run_id, task, step, is_bound, blob, summary, trace, warned):
@@ -548,12 +548,16 @@ class _Loop:
             self.epoll.unregister(member.link)
             self._after(CLOSE_S, lambda: member.kill() if self.members.get(member.slot) is member else None)
 
-    def _note(self, member: _Member, run_id: int, warned: Iterable[tuple[str, str, str]], answers: Iterable[bytes] = ()) -> None:
-        if warned or answers:
+    def _note(
+        self, member: _Member, run_id: int, warned: Iterable[tuple[str, str, str]], answers: Iterable[bytes] = (), elapsed_s: float = 0.0
+    ) -> None:
+        if warned or answers or elapsed_s:
             for queued, plan_id, _ in self.state.in_flight(member.slot):
                 if queued == run_id:
-                    self.tickets[plan_id].running.warnings.update(dict.fromkeys(warned))
-                    self.tickets[plan_id].running.answers.extend(answers)
+                    running = self.tickets[plan_id].running
+                    running.warnings.update(dict.fromkeys(warned))
+                    running.answers.extend(answers)
+                    running.busy_s += elapsed_s
 
     # -- workers that do not get on
 

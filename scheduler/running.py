@@ -193,6 +193,7 @@ class Running:
         self.is_stopping = False  # read by lanes in this process between tasks
         self.warnings: dict[tuple[str, str, str], None] = {}
         self.answers: list[bytes] = []
+        self.busy_s = 0.0  # written by who drives the state machine
         self.addresses: dict[int, Address] = {i: b.address for i, b in enumerate(plan.buffers) if b.address is not None}
         self.temporaries: dict[int, Extent] = dict(plan.progress.temporaries) if plan.progress else {}
         self.addresses.update({buffer: extent.address for buffer, extent in self.temporaries.items()})
@@ -265,8 +266,13 @@ class Running:
         if self.hold is not None:
             self.hold.release()
 
+    def note(self, event: Event) -> None:
+        """Count what an event of a lane in this process says of the time it took."""
+        if isinstance(event, RangeFinished):
+            self.busy_s += event.elapsed_s
+
     def report(self, deaths: int = 0) -> Report:
-        return Report(tuple(self.warnings), deaths, tuple(self.answers))
+        return Report(tuple(self.warnings), deaths, tuple(self.answers), self.busy_s)
 
 
 class Lane:

@@ -263,8 +263,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a finished run tells: the warnings its tasks raised as (category, message, line), deaths survived, `Context.answer`."""
+    """What a finished run tells: the warnings its tasks raised as (category, message, line), deaths survived, what came by
+    `Context.answer`, and ``busy_s``, the seconds that were spent on tasks that were done, in all workers together."""
 
     warnings: Sequence[tuple[str, str, str]] = ()
     deaths: int = 0
     answers: Sequence[bytes] = ()
+    busy_s: float = 0.0

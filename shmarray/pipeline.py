@@ -100,8 +100,8 @@ class PipelineReport:
     """How a pipeline went: ``print`` it for a table.
 
     ``frames`` arrived at the sink in ``seconds``, with ``workers`` worker processes. ``waited_s``: how long the source was kept waiting
-    because ``depth`` frames were on their way. ``stages``: where the time went, source and sink included; for an `expression` that is
-    its run, with the time it waits for a worker.
+    because ``depth`` frames were on their way. ``stages``: where the time went, source and sink included. Not in them: the start of
+    workers, and what frames waited for one.
     """
 
     frames: int
@@ -321,7 +321,8 @@ class _Flow:
     def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
         until = time.monotonic() + seconds
         for thread in threads:
-            if thread.ident is not None:  # it was started
+            # It was started, and is not the one in which the garbage collector ends a stream that was left behind.
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
 
     # -- the other threads

@@ -210,11 +210,13 @@ class Lazy(Stage):
     """A function of lazy arrays: called here, computed by the workers."""
 
     def run(self, frame: Frame) -> None:
-        began = time.perf_counter()
         ring, pool = self.flow.ring, self.flow.pool
         given = frame.slot
         value = frame.value if given is None else unpacked(_bytes(given))
-        lazy = self.function(map_leaves(value, lambda x: self._lazy(x, given)))
+        frame_of_arrays = map_leaves(value, lambda x: self._lazy(x, given))
+        began = time.perf_counter()
+        lazy = self.function(frame_of_arrays)
+        self.add(time.perf_counter() - began)
         frame.value = None
         if self.is_laid:
             result = self._into_slot(lazy, ring, pool)
@@ -223,7 +225,6 @@ class Lazy(Stage):
             frame.value, frame.slot = self._into_values(lazy, pool), None
         if given is not None:
             ring.returned.append(given)
-        self.add(time.perf_counter() - began)
 
     @staticmethod
     def _lazy(x: Any, slot: Storage | None) -> Any:
@@ -248,25 +249,27 @@ class Lazy(Stage):
             return empty
 
         parcel = packed(map_leaves(lazy, stand_in))
+        found = [made.pop(np.frombuffer(b, np.uint8).__array_interface__["data"][0], None) if b.nbytes else None for b in parcel.buffers]
+        if made:  # of a dtype that has no buffer for pickle, such as datetime64
+            return ring.laid(packed(self._into_values(lazy, pool)))
         slot = ring.laid(parcel, with_buffers=False)
         nodes, targets = [], []
-        for start, buffer in zip(parcel.offsets(), parcel.buffers, strict=False):
-            where = np.frombuffer(buffer, np.uint8)
-            if (found := made.get(where.__array_interface__["data"][0])) is not None and buffer.nbytes:
-                shape, dtype = found[1].shape, found[1].dtype
-                layout = Layout(start, shape, c_strides(shape, dtype.itemsize), dtype)
-                nodes.append(found[1].node)
-                targets.append(Target(shape, dtype, storage=slot, layout=layout, is_new=True))
-            else:
-                _bytes(slot)[start : start + buffer.nbytes] = where
-        run(nodes, targets, None, pool, self.flow.line)
+        for start, buffer, pair in zip(parcel.offsets(), parcel.buffers, found, strict=False):
+            if pair is None:
+                _bytes(slot)[start : start + buffer.nbytes] = np.frombuffer(buffer, np.uint8)
+                continue
+            empty, x = pair
+            layout = Layout(start, empty.shape, c_strides(empty.shape, empty.dtype.itemsize), empty.dtype)
+            nodes.append(x.node)
+            targets.append(Target(empty.shape, empty.dtype, storage=slot, layout=layout, is_new=True))
+        self.add(run(nodes, targets, None, pool, self.flow.line).busy_s)
         return slot
 
     def _into_values(self, lazy: Any, pool: Pool) -> Any:
         handles: list[Handle] = []
         map_leaves(lazy, lambda x: handles.append(x) if isinstance(x, Handle) else None)
         targets = [Target(x.shape, x.dtype) for x in handles]
-        run([x.node for x in handles], targets, None, pool, self.flow.line)
+        self.add(run([x.node for x in handles], targets, None, pool, self.flow.line).busy_s)
         values = iter([np.empty(t.shape, t.dtype) if t.array is None else t.array for t in targets])
 
         def value(x: Any) -> Any:

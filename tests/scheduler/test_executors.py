@@ -134,6 +134,7 @@ def test_answers_arrive_once_whatever_their_length(pool: Pool, executor: str) ->
     for _ in range(2):  # nothing of the first run is told again
         report = pool.run(plan, executor)
         assert sorted(report.answers) == [bytes([i]) * (i * 10_000) for i in range(20)]
+        assert report.busy_s > 0
 
 
 def test_driver_layers_run_in_this_process(pool: Pool, executor: str) -> None:

@@ -268,6 +268,13 @@ def test_expressions_take_and_give_collections(pool: sa.Pool) -> None:
         assert found[2].shape == (0, 200)
 
 
+def test_expressions_of_dates_go_on_to_the_next_stage(pool: sa.Pool) -> None:
+    days = np.array(["2020-01-01", "2021-06-30"], "M8[D]")
+    stage = sa.expression(lambda x: {"next": x + np.timedelta64(1, "D"), "n": sa.ones(2)})
+    for found in (*collected([days], stage), *collected([days], stage, lambda f: f)):
+        np.testing.assert_equal(found, {"next": days + np.timedelta64(1, "D"), "n": np.ones(2)})
+
+
 def test_an_expression_is_planned_once_for_frames_of_one_form(pool: sa.Pool) -> None:
     marked = sa.expression(lambda x: (x * 2 + 1).sum(axis=0))
     collected(frames(4), marked, marked)
