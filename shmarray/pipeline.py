@@ -20,6 +20,7 @@ import contextlib
 import contextvars
 import math
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -306,6 +307,8 @@ class _Flow:
 
     def _end(self, grace_s: float) -> None:
         """Have every thread end; tasks that go on for longer than ``grace_s`` are killed. Buffers go when nobody can write them."""
+        if sys.is_finalizing():
+            return  # a stream that was left behind, when the program ends: these threads never run again
         self.is_stopping = True
         self._tokens.put(None)
         for _ in range(self.depth):
