@@ -240,6 +240,7 @@ class _Flow:
         self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._frames: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._owner = 0  # the thread that runs it
         self._pullers: list[threading.Thread] = []  # one, when it has begun
         self._carriers: list[threading.Thread] = []
 
@@ -267,6 +268,7 @@ class _Flow:
     # -- the calling thread
 
     def __enter__(self) -> _Flow:
+        self._owner = threading.get_ident()
         try:
             for work, threads in [(self._pull, self._pullers), *[(self._carry, self._carriers)] * self.depth]:
                 context = contextvars.copy_context()  # the pool, the settings and errstate of the caller
@@ -313,6 +315,11 @@ class _Flow:
         self._tokens.put(None)
         for _ in range(self.depth):
             self._frames.put(None)
+        if threading.get_ident() != self._owner:
+            # The garbage collector ends a stream that was left behind: it may be in one of these threads, or one they wait for.
+            self.group.cancel()
+            self.ring.clear()
+            return
         self._join(self._carriers, grace_s)
         if any(thread.is_alive() for thread in self._carriers):
             self.group.cancel()
@@ -324,8 +331,7 @@ class _Flow:
     def _join(threads: Iterable[threading.Thread], seconds: float) -> None:
         until = time.monotonic() + seconds
         for thread in threads:
-            # It was started, and is not the one in which the garbage collector ends a stream that was left behind.
-            if thread.ident is not None and thread is not threading.current_thread():
+            if thread.ident is not None:  # it was started
                 thread.join(max(0.0, until - time.monotonic()))
 
     # -- the other threads

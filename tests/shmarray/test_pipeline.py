@@ -590,6 +590,29 @@ def test_leaving_the_loop_ends_the_stream(pool: sa.Pool) -> None:
     works_after()
 
 
+def test_a_stream_can_be_ended_by_another_thread(pool: sa.Pool, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+    os.mkfifo(gate)
+
+    def stage(k: int) -> int:
+        if k == 1:
+            meet(gate, "w")
+            while True:
+                select.select([], [], [], 60)
+        return k
+
+    source = Source()
+    results = sa.stream(source(), stage)
+    assert next(results) == 0
+    meet(gate, "r")
+    thread = threading.Thread(target=results.close)  # type: ignore[attr-defined]
+    thread.start()
+    thread.join()
+    wait_until(lambda: not threads(), "the end of the stream")
+    assert source.is_closed
+    works_after()
+
+
 def test_what_cannot_travel_is_named(pool: sa.Pool) -> None:
     with pytest.raises(TypeError) as caught:
         collected([threading.Lock()], lambda k: k)
