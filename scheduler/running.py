@@ -266,10 +266,11 @@ class Running:
         if self.hold is not None:
             self.hold.release()
 
-    def note(self, event: Event) -> None:
-        """Count what an event of a lane in this process says of the time it took."""
+    def noted(self, event: Event) -> Event:
+        """Return an event of a lane in this process, with the time it took counted. No variable of a caller may hold it: see Lane.run."""
         if isinstance(event, RangeFinished):
             self.busy_s += event.elapsed_s
+        return event
 
     def report(self, deaths: int = 0) -> Report:
         return Report(tuple(self.warnings), deaths, tuple(self.answers), self.busy_s)
