@@ -11,6 +11,7 @@ __all__ = [
     "LockError",
     "MemoryBudgetError",
     "PoolClosed",
+    "RunCancelled",
     "SchedulerError",
     "SharedMemoryError",
     "SpillError",
@@ -61,6 +62,10 @@ def _rebuild_spill(message: str, path: str, needed_nbytes: int, free_nbytes: int
 
 class PoolClosed(SchedulerError):
     """The pool was closed; what lived only in its arena is gone."""
+
+
+class RunCancelled(SchedulerError):
+    """Another thread has ended the run, with all of its group."""
 
 
 class WorkerStartError(SchedulerError):

@@ -51,6 +51,7 @@ from scheduler.running import (
     RemoteError,
     Running,
     Signal,
+    current_group,
     raise_failure,
     set_inline,
     start_thread,
@@ -529,8 +530,8 @@ class _Loop:
         was_open = member.is_open
         for message in member.receive():
             match message:
-                case ("done", run_id, elapsed_s, warned):
-                    self._note(member, run_id, warned)
+                case ("done", run_id, elapsed_s, warned, answers):
+                    self._note(member, run_id, warned, answers, elapsed_s)
                     self.attempts[member.slot].succeeded()
                     self._feed(RangeFinished(member.slot, run_id, elapsed_s))
                 case ("failed", run_id, task, step, is_bound, blob, summary, trace, warned):
@@ -547,11 +548,16 @@ class _Loop:
             self.epoll.unregister(member.link)
             self._after(CLOSE_S, lambda: member.kill() if self.members.get(member.slot) is member else None)
 
-    def _note(self, member: _Member, run_id: int, warned: Iterable[tuple[str, str, str]]) -> None:
-        if warned:
+    def _note(
+        self, member: _Member, run_id: int, warned: Iterable[tuple[str, str, str]], answers: Iterable[bytes] = (), elapsed_s: float = 0.0
+    ) -> None:
+        if warned or answers or elapsed_s:
             for queued, plan_id, _ in self.state.in_flight(member.slot):
                 if queued == run_id:
-                    self.tickets[plan_id].running.warnings.update(dict.fromkeys(warned))
+                    running = self.tickets[plan_id].running
+                    running.warnings.update(dict.fromkeys(warned))
+                    running.answers.extend(answers)
+                    running.busy_s += elapsed_s
 
     # -- workers that do not get on
 
@@ -893,12 +899,15 @@ class WorkerPool:
         """Run a plan and wait for it; raise what it raised. Closes ``running`` in any case, if need be later."""
         ticket = Ticket(running, kernels, ([*sys.path], _directory()))
         loop = self._loop
+        group = current_group()
         try:
             if not loop.post(lambda: loop.submit(ticket)):
                 closed = PoolClosed("the pool is closed, or was made before a fork; make a new one.")
                 running.close(PlanFailed(running.plan_id, closed))
                 _stay_out_of_the_exit()
                 raise closed
+            if group is not None:
+                group.add(running.plan_id, lambda reason: loop.post(lambda: loop.abandon(ticket, reason)))
             ticket.done.wait()
         except BaseException as error:  # Ctrl-C, most likely
             reason = error if isinstance(error, Exception) else type(error)()
@@ -910,6 +919,9 @@ class WorkerPool:
                 if not ticket.done.is_set:
                     running.abandon()
             raise
+        finally:
+            if group is not None:
+                group.discard(running.plan_id)
         if ticket.failure is not None:
             _stay_out_of_the_exit()
             try:

@@ -10,9 +10,11 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol
 
 from scheduler import faults
+from scheduler.errors import RunCancelled
 from scheduler.redo import NOT_BEGUN, Redo, unpack
 from scheduler.segments import Memory
 from scheduler.state import (
@@ -37,8 +39,10 @@ __all__ = [
     "Lane",
     "RemoteError",
     "Room",
+    "RunGroup",
     "Running",
     "Signal",
+    "current_group",
     "is_inline",
     "raise_failure",
     "set_inline",
@@ -96,6 +100,52 @@ def start_thread(thread: threading.Thread) -> None:
         raise
 
 
+class RunGroup:
+    """Runs of several threads in worker processes that another thread can end together.
+
+    A run belongs to the group whose `enter` was called in its context. Without locks: `cancel` and `add` both write before they look.
+    """
+
+    __slots__ = ("_cancels", "is_cancelled")
+
+    def __init__(self) -> None:
+        self.is_cancelled = False  # written once, by `cancel`
+        self._cancels: dict[int, Callable[[BaseException], object]] = {}
+
+    def enter(self) -> None:
+        """Have all runs of this context, from now on, belong to it."""
+        _group.set(self)
+
+    def add(self, key: int, cancel: Callable[[BaseException], object]) -> None:
+        """Note how a run is cancelled; raise RunCancelled when it is too late to begin one."""
+        self._cancels[key] = cancel
+        if self.is_cancelled:
+            del self._cancels[key]
+            raise RunCancelled(_CANCELLED)
+
+    def discard(self, key: int) -> None:
+        """Forget a run that has ended."""
+        self._cancels.pop(key, None)
+
+    def cancel(self) -> None:
+        """Have every run, also those to come, raise RunCancelled within a second; workers that go on with a task all the same are killed.
+
+        From any thread; calling it again does nothing more.
+        """
+        self.is_cancelled = True
+        for cancel in list(self._cancels.values()):
+            cancel(RunCancelled(_CANCELLED))
+
+
+_CANCELLED = "this run was cancelled by another thread, together with the group it belongs to."
+_group: ContextVar[RunGroup | None] = ContextVar("run_group", default=None)
+
+
+def current_group() -> RunGroup | None:
+    """Return the group that runs of this context belong to."""
+    return _group.get()
+
+
 class Room:
     """What a pool has reserved for a plan, until `Host.leave`, or until nobody holds this: Ctrl-C can strike in between."""
 
@@ -142,6 +192,8 @@ class Running:
         self.host = host
         self.is_stopping = False  # read by lanes in this process between tasks
         self.warnings: dict[tuple[str, str, str], None] = {}
+        self.answers: list[bytes] = []
+        self.busy_s = 0.0  # written by who drives the state machine
         self.addresses: dict[int, Address] = {i: b.address for i, b in enumerate(plan.buffers) if b.address is not None}
         self.temporaries: dict[int, Extent] = dict(plan.progress.temporaries) if plan.progress else {}
         self.addresses.update({buffer: extent.address for buffer, extent in self.temporaries.items()})
@@ -216,8 +268,14 @@ class Running:
         if self.hold is not None:
             self.hold.release()
 
+    def noted(self, event: Event) -> Event:
+        """Return an event of a lane in this process, with the time it took counted. No variable of a caller may hold it: see Lane.run."""
+        if isinstance(event, RangeFinished):
+            self.busy_s += event.elapsed_s
+        return event
+
     def report(self, deaths: int = 0) -> Report:
-        return Report(tuple(self.warnings), deaths)
+        return Report(tuple(self.warnings), deaths, tuple(self.answers), self.busy_s)
 
 
 class Lane:
@@ -243,7 +301,7 @@ class Lane:
             faults.point("bind")
             function = self.bound.get(key)
             if function is None:
-                context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings, self.redo)
+                context = TaskContext(self.memory, running.addresses_of(command.layer), running.warnings, self.redo, running.answers)
                 function = self.bound[key] = running.plan.layers[command.layer].kernel.bind(context)
             is_bound = True
             faults.point("bound")

@@ -81,6 +81,13 @@ class Context(Protocol):
     def warn(self, category: str, message: str, line: str = "") -> None:
         """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
 
+    def answer(self, blob: bytes) -> None:
+        """Send the driver bytes that no buffer has room for: they arrive in `Report.answers`.
+
+        They travel in the worker's message that its tasks are done. A worker that dies before that is sent has done them all the
+        same, so that an answer can be missing: a kernel says in a buffer that it has sent one.
+        """
+
 
 class Kernel(Protocol):
     """The work of a layer; it travels by cloudpickle, holds no addresses, and is the same bytes for the same work."""
@@ -273,7 +280,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a finished run tells: the warnings its tasks raised as (category, message, line), and deaths survived."""
+    """What a finished run tells: the warnings its tasks raised as (category, message, line), deaths survived, what came by
+    `Context.answer`, and ``busy_s``, the seconds that were spent on tasks that were done, in all workers together."""
 
     warnings: Sequence[tuple[str, str, str]] = ()
     deaths: int = 0
+    answers: Sequence[bytes] = ()
+    busy_s: float = 0.0

@@ -79,17 +79,24 @@ Warned = tuple[str, str, str]
 class TaskContext:
     """What a kernel is bound to: memory, where its buffers lie, and where its warnings go. One per thread or process."""
 
-    __slots__ = ("_warnings", "addresses", "memory", "redo")
+    __slots__ = ("_answers", "_warnings", "addresses", "memory", "redo")
 
-    def __init__(self, memory: Memory, addresses: Mapping[int, Address], warned: dict[Warned, None], redo: Redo) -> None:
+    def __init__(
+        self, memory: Memory, addresses: Mapping[int, Address], warned: dict[Warned, None], redo: Redo, answers: list[bytes] | None = None
+    ) -> None:
         self.memory = memory
         self.addresses = addresses
         self.redo = redo
         self._warnings = warned  # an ordered set
+        self._answers = [] if answers is None else answers
 
     def warn(self, category: str, message: str, line: str = "") -> None:
         """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
         self._warnings[category, message, line] = None
+
+    def answer(self, blob: bytes) -> None:
+        """Send the driver bytes that no buffer has room for; see `scheduler.task.Context`."""
+        self._answers.append(blob)
 
 
 def run_some(function: Callable[[int], None], task: int, stop: int) -> int:
@@ -242,7 +249,7 @@ class _Process:
         self.slots = 0
         self.memory: Memory
         self.kernels = KernelCache()
-        self.bound: dict[tuple[int, int], tuple[Callable[[int], None] | None, dict[Warned, None]]] = {}
+        self.bound: dict[tuple[int, int], tuple[Callable[[int], None] | None, dict[Warned, None], list[bytes]]] = {}
 
     def receive(self) -> Any:
         """Wait for a message; None when the driver has closed its end."""
@@ -313,12 +320,13 @@ class _Process:
         failed: tuple[int, BaseException] | None = None
         task = start
         warned: dict[Warned, None] = {}
+        answers: list[bytes] = []
         began = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             try:
                 faults.point("bind")
-                function, warned = self.bind(plan_id, layer, setup)
+                function, warned, answers = self.bind(plan_id, layer, setup)
                 faults.point("bound")
                 words[cursor + 2] = is_binding = 0
                 while task < stop:
@@ -341,6 +349,8 @@ class _Process:
             warned[category_of(item.category), _text(item.message), f"{item.filename}:{item.lineno}"] = None
         told = list(warned)
         warned.clear()
+        answered = list(answers)
+        answers.clear()
         _flush()
         if not self.has_link():
             self.leave()
@@ -351,10 +361,10 @@ class _Process:
         elif task < stop:
             self.send(("stopped", run_id, task, told))
         else:
-            self.send(("done", run_id, elapsed, told))
+            self.send(("done", run_id, elapsed, told, answered))
         faults.point("replied")
 
-    def bind(self, plan_id: int, layer: int, setup: Any) -> tuple[Callable[[int], None], dict[Warned, None]]:
+    def bind(self, plan_id: int, layer: int, setup: Any) -> tuple[Callable[[int], None], dict[Warned, None], list[bytes]]:
         """Return the function of a layer; made at the layer's first range here, for which ``setup`` came along."""
         key = plan_id, layer
         if setup is not None:
@@ -364,7 +374,7 @@ class _Process:
                 self.kernels.put(digest, len(blob), [blob, None])
             entry = self.kernels.use(digest)
             # Kept for the next range: a bind that fails must fail again in the same way, with the same setup.
-            self.bound[key] = None, {}
+            self.bound[key] = None, {}, []
             if entry[1] is None:
                 try:
                     entry[1] = cloudpickle.loads(entry[0])
@@ -373,12 +383,13 @@ class _Process:
                     raise
                 entry[0] = b""
             warned: dict[Warned, None] = {}
-            context = TaskContext(self.memory, {b: Address(*a) for b, a in addresses.items()}, warned, self.redo)
-            self.bound[key] = entry[1].bind(context), warned
-        function, warned = self.bound[key]
+            answers: list[bytes] = []
+            context = TaskContext(self.memory, {b: Address(*a) for b, a in addresses.items()}, warned, self.redo, answers)
+            self.bound[key] = entry[1].bind(context), warned, answers
+        function, warned, answers = self.bound[key]
         if function is None:
             raise TaskError("the function of this layer could not be loaded in this worker, as an earlier error says")
-        return function, warned
+        return function, warned, answers
 
 
 def settled(redo: Redo, memory: Memory, task: int, step: int) -> int:

@@ -41,6 +41,7 @@ from shmarray.iterate import Frame, iterate
 from shmarray.ops import accumulators, creation, elementwise, linalg, overlap, padding, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
 from shmarray.ops.overlap import map_overlap
+from shmarray.pipeline import PipelineReport, expression, ordered, pipeline, stream
 from shmarray.progress import ProgressBar
 
 __version__ = "0.1.0"
@@ -71,6 +72,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "MemoryBudgetError",
     "Pool",
     "PartialUpdateError",
+    "PipelineReport",
     "PoolClosed",
     "ProgressBar",
     "SharedMemoryError",
@@ -85,6 +87,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "e",
     "euler_gamma",
     "explain",
+    "expression",
     "inf",
     "iterate",
     "list_checkpoints",
@@ -94,12 +97,15 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "nan",
     "newaxis",
     "normalize_chunks",
+    "ordered",
     "overlap",
     "persist",
     "pi",
+    "pipeline",
     "random",
     "save_checkpoint",
     "shared",
+    "stream",
     *sorted(_FAMILIES),
 ]
 

@@ -209,11 +209,11 @@ def run(
     scheduler: str | None = None,
     pool: Pool | None = None,
     line: str = "",
-) -> None:
+) -> Report:
     """Fill the targets, one after the other seen by every alias: all cells that are read or written are locked throughout."""
     pairs = [(n, t) for n, t in zip(nodes, targets, strict=True) if math.prod(t.shape)]
     if not pairs:
-        return
+        return Report()
     stored = [node for node in postorder(n for n, _ in pairs) if isinstance(node, Stored)]
     places = [*(node.storage for node in stored), *(target.storage for _, target in pairs if target.storage is not None)]
     homes = {place.pool for place in places if place.is_spilled}
@@ -223,12 +223,14 @@ def run(
     uses += [(target.storage, target.layout, "w") for _, target in pairs if target.storage is not None and target.layout is not None]
     # All at once, before looking: no write can come between the check and the run, and nobody waits holding half of them.
     with hold_all(uses) if uses else contextlib.nullcontext(), shown():
-        _run_locked(pairs, stored, scheduler, pool, line)
+        return _run_locked(pairs, stored, scheduler, pool, line)
 
 
-def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
+def _run_locked(pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> Report:
     check_inputs(stored, {x: node for node in postorder(n for n, _ in pairs) for x in node.inputs})
-    warn(_Run(pairs, stored, scheduler, pool, line).run())
+    report = _Run(pairs, stored, scheduler, pool, line).run()
+    warn(report)
+    return report
 
 
 class _Run:

@@ -109,11 +109,11 @@ class Storage:
     is_shared = False  # between processes, so that others write it
     is_role = False  # a place that storages take, of no values
 
-    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> None:
+    def __init__(self, pool: Pool, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks, *, may_spill: bool = True) -> None:
         self._stand_in(shape, dtype, chunks)
         self.pool = pool
         _forget_ended_children()  # for what was kept for them
-        self.extent = pool.allocate(self.nbytes)
+        self.extent = pool.allocate(self.nbytes, may_spill=may_spill)
         pool.locks.forget_after(self, self.identity)
         _live.add(self)
 

@@ -17,6 +17,7 @@ CASES = {  # file -> (arguments, the packages it needs, what it must print)
     "quickstart.py": ((), (), "451.0"),
     "land_mask.py": (("--small",), ("global_land_mask", "matplotlib"), "every number agrees with NumPy"),
     "galaxies.py": ((), ("skimage", "matplotlib"), "scikit-image finds the same"),
+    "image_pipeline.py": ((), ("skimage",), "one frame after the other"),
 }
 MARK = "SHMARRAY_TEST_RUN"  # an environment variable that all descendants of a run inherit
 

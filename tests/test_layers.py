@@ -44,14 +44,15 @@ storage kernels.program
 handle travel
 shared_memory
 shared optimise kernels.numpy fuse
-kernels.reduce kernels.scan kernels.sources kernels.parts kernels.accumulate hoist passes
+kernels.reduce kernels.scan kernels.sources kernels.parts kernels.accumulate kernels.calls hoist passes
 kernels.llvm.kernel
 kernels.llvm.engine
 engines
 plan
 templates partial npy progress
 compute
-explain checkpoint
+explain checkpoint stages
+pipeline
 ops.elementwise ops.random
 ops.shaping
 ops.creation ops.reductions ops.blocks
@@ -87,10 +88,23 @@ DOORS = {
     "scheduler.repeat": {"iterate", "plan"},
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
-    "scheduler.run": {"__init__", "compute", "doctor", "explain", "iterate", "plan", "progress", "storage", "templates"},
+    "scheduler.run": {"__init__", "compute", "doctor", "explain", "iterate", "plan", "progress", "stages", "storage", "templates"},
+    "scheduler.running": {"pipeline", "stages"},  # to end several runs together
     "scheduler.errors": {"compute", "errors"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "progress", "shared", "storage"},
+    "scheduler.limits": {
+        "array",
+        "chunks",
+        "compute",
+        "config",
+        "doctor",
+        "engines",
+        "explain",
+        "pipeline",
+        "progress",
+        "shared",
+        "storage",
+    },
     "scheduler.segments": {
         "doctor",
         "kernels.accumulate",
@@ -98,12 +112,14 @@ DOORS = {
         "kernels.reduce",
         "kernels.scan",
         "kernels.sources",
+        "kernels.calls",
         "kernels.llvm.kernel",
+        "stages",
     },
     "scheduler.locks": {"shared_memory", "storage"},
     "scheduler.shared": {"shared", "shared_memory"},
     "scheduler.spill": {"doctor"},
-    "scheduler.results": {"plan"},
+    "scheduler.results": {"plan", "stages"},
 }
 
 # Imports inside functions, each with its reason in a comment beside it: (file, module).

@@ -60,7 +60,7 @@ def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
                     raise_failure(plan, failure)
                 finally:
                     del commands, command
-            events.append(lane.run(running, ranges.popleft(), interruptible=True))
+            events.append(running.noted(lane.run(running, ranges.popleft(), interruptible=True)))
     except BaseException as error:  # Ctrl-C may strike anywhere here, also in the state machine: the lane knows what was done
         while failure is None and not is_done:
             with contextlib.suppress(KeyboardInterrupt):  # a second one: the first is told already

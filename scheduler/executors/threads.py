@@ -121,7 +121,7 @@ class _Crew:
     def tell(self, event: Event) -> None:
         with self.mutex:
             try:
-                self.feed(event)
+                self.feed(self.running.noted(event))
             except BaseException as bug:
                 told = "the scheduler failed; this is a bug of ours:\n" + "".join(traceback.format_exception(bug))
                 self.end(PlanFailed(self.running.plan_id, SchedulerError(told)))

@@ -54,6 +54,21 @@ sys.exit(8)
 """,
         8,
     ),
+    "streams that were left in the middle": (
+        SLOW
+        + """
+def endless():
+    yield 1
+    threading.Event().wait()
+streams = [sa.stream(endless(), lambda k: k), sa.stream(range(99), lambda k: np.zeros(k)), sa.stream(range(2), lambda k: k or slow(k))]
+for stream in streams[:2]:
+    next(stream)
+threading.Thread(target=next, args=streams[2:], daemon=True).start()
+wait_for_task()
+sys.exit(7)
+""",
+        7,
+    ),
     "a thread that computes when the main one has ended": (
         """
 def work():

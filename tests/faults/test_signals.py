@@ -33,6 +33,19 @@ def update(pool):
         check(x)
         raise
 
+def pipeline(pool):
+    found = []
+    try:
+        sa.pipeline(range(12), lambda k: values[:30_000] * k, sa.expression(lambda x: x + 1), sa.ordered(lambda x: x[0]), found.append)
+    finally:
+        assert found == [values[0] * k + 1 for k in range(len(found))], "frames out of order"
+    assert len(found) == 12
+
+def stream(pool):
+    for number, x in enumerate(sa.stream((values[:30_000] for _ in range(12)), lambda x: x + 1)):
+        assert x[0] == values[0] + 1
+    assert number == 11
+
 def check(x):
     "Each chunk is old or new, or says that it is torn."
     while True:
@@ -93,7 +106,7 @@ check_nothing_left()
 
 
 @pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("operation", ["compute", "persist", "update"])
+@pytest.mark.parametrize("operation", ["compute", "persist", "update", "pipeline", "stream"])
 def test_ctrl_c_at_random_moments_of_what_a_user_does(script: Callable[..., Outcome], operation: str, times: int) -> None:
     out = script(CTRL_C.format(operation=operation, times=times, seed=len(operation) + times))
     enough, latest_s = out.lines[-1].split()
@@ -129,6 +142,49 @@ def test_ctrl_c_ends_tasks_that_never_end_by_themselves(script: Callable[..., Ou
     assert out.lines[1:] == ["8.0"]
     assert float(out.lines[0]) < 5
     print(f"Ctrl-C in endless tasks: KeyboardInterrupt after {out.lines[0]} s")
+
+
+def test_ctrl_c_ends_a_pipeline_whose_stages_source_or_sink_never_end(script: Callable[..., Outcome]) -> None:
+    out = script(
+        """
+        def stage(k):
+            open("begun", "w").close()
+            time.sleep(600)
+        def source():
+            yield 0
+            open("begun", "w").close()
+            threading.Event().wait()
+        def sink(_):
+            open("begun", "w").close()
+            threading.Event().wait()
+        def press():
+            wait_until(lambda: os.path.exists("begun"), "the beginning")
+            os.unlink("begun")
+            pressed.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+        slow = lambda x: sa.ones(4, chunks=2).map_blocks(lambda b: stage(0), dtype=float)
+        nothing = lambda k: None
+        latencies = []
+        with sa.Pool(workers=2) as pool:
+            for each in ((range(9), stage, nothing), (range(9), sa.expression(slow), nothing), (source(), nothing), (range(9), sink)):
+                pressed = []
+                threading.Thread(target=press).start()
+                try:
+                    sa.pipeline(*each)
+                except KeyboardInterrupt:
+                    latencies.append(time.monotonic() - pressed[0])
+                results = []
+                sa.pipeline(range(9), lambda k: k + 1, results.append)
+                assert results == list(range(1, 10))
+            wait_until(lambda: pool._reserved_nbytes() == 0 and not pool.statistics().live_nbytes, "the end of what was interrupted")
+            pool.check()
+            print(len(latencies), round(max(latencies), 2))
+        """
+    )
+    times, latest_s = out.lines[-1].split()
+    assert times == "4"
+    assert float(latest_s) < 5
+    print(f"Ctrl-C in endless pipelines: KeyboardInterrupt after {latest_s} s at most")
 
 
 def test_a_timer_that_fires_each_millisecond_changes_nothing(script: Callable[..., Outcome]) -> None:

@@ -45,6 +45,11 @@ class Warns:
         return lambda i: context.warn("RuntimeWarning", "divide by zero", "script.py:7")
 
 
+class Answers:
+    def bind(self, context: Context) -> Callable[[int], None]:
+        return lambda i: context.answer(bytes([i]) * (i * 10_000))
+
+
 def stored(pool: Pool, length: int) -> tuple[Extent, Buffer, Any]:
     """Return an extent of int64, its buffer, and an array over it, of zeros."""
     extent = pool.allocate(8 * length)
@@ -122,6 +127,14 @@ def test_layers_see_what_earlier_ones_wrote(pool: Pool, executor: str) -> None:
         pool.run(plan, executor)
         assert (array == 6 * np.arange(500)[::-1]).all()
     assert pool.statistics().temporary_nbytes == 0
+
+
+def test_answers_arrive_once_whatever_their_length(pool: Pool, executor: str) -> None:
+    plan = Plan(buffers=(), layers=(Layer(name="layer", kernel=Answers(), ntasks=20),))
+    for _ in range(2):  # nothing of the first run is told again
+        report = pool.run(plan, executor)
+        assert sorted(report.answers) == [bytes([i]) * (i * 10_000) for i in range(20)]
+        assert report.busy_s > 0
 
 
 def test_driver_layers_run_in_this_process(pool: Pool, executor: str) -> None:

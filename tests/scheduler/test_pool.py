@@ -27,9 +27,10 @@ import pytest
 
 import scheduler
 from scheduler import pool as scheduler_pool
-from scheduler.errors import PoolClosed, TornChunkError, WorkerDied, WorkerStartError
+from scheduler.errors import PoolClosed, RunCancelled, TornChunkError, WorkerDied, WorkerStartError
 from scheduler.extents import Extent
 from scheduler.run import Pool
+from scheduler.running import RunGroup
 from scheduler.state import DRIVER_LANE, RangeFinished
 from scheduler.task import ARENA, Address, Buffer, Context, Layer, Outcome, Plan
 
@@ -842,6 +843,46 @@ def test_threads_run_plans_at_once_with_one_failing_and_a_worker_killed(pool: Po
         thread.join()
     assert problems == []
     pool.check()
+
+
+def test_a_group_of_runs_is_ended_by_another_thread(pool: Pool) -> None:
+    _extent, buffer, array = stored(pool, 4)
+
+    def endless(array: Any, i: int) -> None:
+        array[i] = 1
+        while True:
+            select.select([], [], [], 60)
+
+    group = RunGroup()
+    caught: list[BaseException] = []
+
+    def member(body: Callable[[Any, int], None]) -> None:
+        group.enter()
+        try:
+            run(pool, one_layer(buffer, body, 2))
+        except RunCancelled as error:
+            caught.append(error)
+
+    threads = [threading.Thread(target=member, args=(endless,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: bool(array[0]), "the first task")
+    others = pool.statistics().plans
+
+    group.cancel()
+
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(caught) == 3 and others == pool.statistics().plans
+    late = threading.Thread(target=member, args=(count,))  # it comes too late to begin
+    late.start()
+    late.join(20)
+    assert len(caught) == 4
+    array[...] = 0
+    run(pool, one_layer(buffer, count, 4))  # who is in no group is not concerned
+    assert (array == 1).all()
+    assert not group._cancels
 
 
 def test_a_bug_in_the_loop_fails_its_plans_and_no_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
