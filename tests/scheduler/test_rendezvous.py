@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -157,6 +158,22 @@ def test_of_many_who_take_a_dead_name_at_once_one_gets_it(directory: Path) -> No
         assert (len(made), len(refused)) == (1, 5)
         assert ask("run")[0] == b"mine"
         made[0].close()
+
+
+def test_a_dead_name_is_swept_and_taken_under_the_lock_of_the_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two who find it dead could each take away what the other has made since."""
+    die("run")
+    fd = os.open(directory, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.05)
+
+    for act in (lambda: ask("run"), lambda: Server("run", b""), lambda: rendezvous.sweep("run")):
+        with pytest.raises(SharedMemoryError, match=r"another process has had it for 0\.05 s"):
+            act()
+
+    assert os.listdir(directory) == ["run.sock"]
+    os.close(fd)
+    assert rendezvous.sweep("run")
 
 
 @pytest.mark.parametrize(

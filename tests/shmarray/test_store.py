@@ -727,6 +727,10 @@ def test_users_of_a_store_whose_owner_was_killed_go_on_and_nobody_can_join(tmp_p
         assert os.listdir(tmp_path / "shmarray") == []
         with pytest.raises(EOFError, match=f"process {simulation.pid}, which created it, has ended, and no other one uses it"):
             store.wait("never")
+        on_its_way = pickle.dumps(store)
+        with pytest.raises(TimeoutError):
+            store.wait("never", timeout=3 * stores.LOOK_FOR_USERS_S)  # whoever receives it may set it
+        pickle.loads(on_its_way)
         segment = lease_of(temperature).segment
         store.close()
         del store, temperature
