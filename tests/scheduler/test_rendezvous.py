@@ -29,6 +29,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     runtime = tmp_path / ("long" * 30)
     runtime.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setattr(rendezvous, "LOGINS", str(tmp_path / "logins"))
+    monkeypatch.setattr(rendezvous, "TEMPORARY", str(tmp_path))
     return runtime / "shmarray"
 
 
@@ -278,11 +280,13 @@ def test_a_directory_of_another_user_is_refused(directory: Path, monkeypatch: py
 
 
 def test_without_a_runtime_directory_of_this_user_there_is_one_in_tmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    last = f"/tmp/shmarray-{os.geteuid()}"
+    last = f"{tmp_path}/shmarray-{os.geteuid()}"
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    assert str(tmp_path) not in "".join(directories()) and directories()[-1] == last
+    assert directories() == [last]
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert directories()[-1] == last
+    assert directories() == [last]
+    with served():
+        assert ask("run")[0] == b"where it is" and os.listdir(last) == ["run.sock"]
 
 
 def test_a_forked_child_does_not_answer_and_does_not_keep_the_name(directory: Path) -> None:

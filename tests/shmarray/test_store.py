@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import shmarray as sa
+from scheduler import rendezvous
 from scheduler.journal import Journal
 from scheduler.ownership import Table
 from shmarray import __main__ as command
@@ -38,6 +39,8 @@ METHODS = ("fork", "spawn", "forkserver")
 def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test has names of its own, and leaves no array, store or socket."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(rendezvous, "LOGINS", str(tmp_path / "logins"))
+    monkeypatch.setattr(rendezvous, "TEMPORARY", str(tmp_path))
     gc.collect()
     before = shared.report()["arrays"]
     yield
