@@ -43,6 +43,7 @@ from shmarray.ops.blocks import map_blocks
 from shmarray.ops.overlap import map_overlap
 from shmarray.pipeline import PipelineReport, expression, ordered, pipeline, stream
 from shmarray.progress import ProgressBar
+from shmarray.store import attach
 
 __version__ = "0.1.0"
 
@@ -82,6 +83,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "WorkerStartError",
     "allclose",
     "array_equal",
+    "attach",
     "compute",
     "config",
     "e",

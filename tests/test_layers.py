@@ -20,8 +20,9 @@ SCHEDULER = """
 __init__ executors.__init__ errors faults limits
 task spill
 state segments extents results locks watch
-redo ownership
-shared
+redo ownership rendezvous
+shared journal
+collection
 worker
 running
 pool
@@ -43,6 +44,8 @@ kernels.llvm.module
 storage kernels.program
 handle travel
 shared_memory
+packing
+store
 shared optimise kernels.numpy fuse
 kernels.reduce kernels.scan kernels.sources kernels.parts kernels.accumulate kernels.calls hoist passes
 kernels.llvm.kernel
@@ -74,10 +77,12 @@ DOORS = {
         "plan",
         "progress",
         "shared_memory",
+        "stages",
         "storage",
         "templates",
         "engines",
         "kernels.accumulate",
+        "kernels.calls",
         "kernels.numpy",
         "kernels.parts",
         "kernels.reduce",
@@ -90,7 +95,7 @@ DOORS = {
     "scheduler.worker": {"doctor"},  # the life socket, to try it
     "scheduler.run": {"__init__", "compute", "doctor", "explain", "iterate", "plan", "progress", "stages", "storage", "templates"},
     "scheduler.running": {"pipeline", "stages"},  # to end several runs together
-    "scheduler.errors": {"compute", "errors"},
+    "scheduler.errors": {"compute", "errors", "store"},
     "scheduler.executors": {"config"},  # their names
     "scheduler.limits": {
         "array",
@@ -104,6 +109,7 @@ DOORS = {
         "progress",
         "shared",
         "storage",
+        "store",
     },
     "scheduler.segments": {
         "doctor",
@@ -112,12 +118,13 @@ DOORS = {
         "kernels.reduce",
         "kernels.scan",
         "kernels.sources",
-        "kernels.calls",
         "kernels.llvm.kernel",
-        "stages",
     },
     "scheduler.locks": {"shared_memory", "storage"},
-    "scheduler.shared": {"shared", "shared_memory"},
+    "scheduler.shared": {"packing", "shared", "shared_memory", "store"},
+    "scheduler.collection": {"store"},
+    "scheduler.journal": {"packing", "store"},
+    "scheduler.rendezvous": {"store"},
     "scheduler.spill": {"doctor"},
     "scheduler.results": {"plan", "stages"},
 }
