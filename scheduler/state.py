@@ -69,6 +69,7 @@ class Submitted:
     """A plan is to be run. ``room_nbytes``: how much its temporaries may occupy at once; None: no limit.
 
     ``finished`` and ``steps`` as in `PlanFailed`: what an earlier run of the plan has done, and this one goes on from.
+    ``in_order``: a layer opens when all before it have finished, so that no more temporaries live at once than the plan says.
     """
 
     plan_id: int
@@ -76,6 +77,7 @@ class Submitted:
     room_nbytes: int | None = None
     finished: tuple[tuple[int, int, int], ...] = ()
     steps: tuple[tuple[int, int, int], ...] = ()
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +360,7 @@ class _PlanState:
         "error_at",
         "fresh",
         "in_flight",
+        "in_order",
         "is_stopping",
         "layers",
         "live",
@@ -376,6 +379,7 @@ class _PlanState:
         self.plan_id = event.plan_id
         self.plan = plan
         self.room_nbytes = event.room_nbytes
+        self.in_order = event.in_order
         self.layers = [_LayerState(i, layer) for i, layer in enumerate(plan.layers)]
         self.unfinished_layers = len(self.layers)
         # Ascending layer indices, [0] for workers, [1] for the driver: what a lane looks through.
@@ -553,6 +557,11 @@ class _PlanState:
         plan's peak was computed. A layer whose temporaries do not fit the room waits, unless nothing else can go on.
         """
         consumers, sources = self.fresh[kind]
+        if self.in_order:
+            first = next((state.index for state in self.layers if state.finished.count < state.ntasks), -1)
+            if first in consumers or first in sources:
+                yield first
+            return
         room = self.room_nbytes
         for index in chain(reversed(consumers), sources):
             if room is None or self._fits(index, room):

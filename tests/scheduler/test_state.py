@@ -578,6 +578,7 @@ class World:
         self.nslots = self.rng.choice((1, 2, 3, 8))
         self.state = State(self.nslots)
         self.plans: dict[int, Plan] = {}
+        self.in_order: set[int] = set()
         self.done: dict[tuple[int, int], list[int]] = {}  # how often each task was done
         self.steps: dict[tuple[int, int], list[int]] = {}  # how many steps of each, in layers in place
         self.opened: set[tuple[int, int]] = set()
@@ -600,6 +601,8 @@ class World:
             case OpenLayer(plan_id, index):
                 assert (plan_id, index) not in self.opened
                 self.opened.add((plan_id, index))
+                if plan_id in self.in_order:
+                    assert all(all(self.done[plan_id, before]) for before in range(index))
             case SendRange(worker, _, plan_id, index, start, stop, first):
                 assert (plan_id, index) in self.opened
                 steps = self.steps[plan_id, index]
@@ -638,7 +641,10 @@ class World:
             self.done[plan_id, index] = [0] * each.ntasks
             self.steps[plan_id, index] = [0] * each.ntasks
         room = self.rng.choice((None, None, made.peak_nbytes()[0], 1))
-        self.feed(Submitted(plan_id, made, room))
+        in_order = self.rng.random() < 0.3
+        if in_order:
+            self.in_order.add(plan_id)
+        self.feed(Submitted(plan_id, made, room, in_order=in_order))
 
     def resume(self, plan_id: int, end: PlanFailed) -> None:
         """Submit what is left of a plan that failed, as a new one."""
@@ -653,7 +659,10 @@ class World:
             self.steps[new_id, index] = steps = self.steps[plan_id, index].copy()
             begun = {task: step for layer, task, step in end.steps if layer == index}
             assert begun == {task: step for task, step in enumerate(steps) if step and not told[task]}
-        self.feed(Submitted(new_id, made, None, end.finished, end.steps))
+        in_order = self.rng.random() < 0.3
+        if in_order:
+            self.in_order.add(new_id)
+        self.feed(Submitted(new_id, made, None, end.finished, end.steps, in_order))
 
     def leave(self, plan_id: int, index: int, task: int) -> int:
         """Do some more steps of a task in place, and return how many are done then."""
