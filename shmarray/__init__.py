@@ -35,7 +35,7 @@ from shmarray.errors import (
     WorkerStartError,
 )
 from shmarray.explain import explain
-from shmarray.ops import creation, elementwise, linalg, random, reductions, shaping
+from shmarray.ops import creation, elementwise, linalg, lines, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ for _module, _private in (
     (reductions, ("accumulate", "reduce_ufunc")),
     (shaping, ("getitem", "setitem_node", "view_of")),
     (linalg, ()),
+    (lines, ()),
 ):
     _FAMILIES |= {name: getattr(_module, name) for name in _module.__all__ if name not in _private}
 globals().update(_FAMILIES)

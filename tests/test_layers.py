@@ -51,9 +51,9 @@ plan
 templates partial
 compute
 explain
-ops.elementwise ops.random
+ops.elementwise ops.random ops.gather
 ops.shaping
-ops.creation ops.reductions ops.blocks
+ops.creation ops.reductions ops.blocks ops.lines
 ops.linalg
 array
 __init__ doctor

@@ -31,6 +31,7 @@ __all__ = [
     "count_nonzero",
     "cumprod",
     "cumsum",
+    "diff",
     "max",
     "mean",
     "min",
@@ -421,3 +422,24 @@ def cumsum(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
 def cumprod(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
     """Return the running product along ``axis`` (None: of the flattened array)."""
     return _cumulative(np.multiply, a, axis, dtype, out)
+
+
+def diff(a: Any, n: int = 1, axis: int = -1) -> Any:
+    """Return the ``n``-th differences of neighbours along ``axis``, which becomes ``n`` shorter; of bool, whether they differ.
+
+    Raises ValueError for an array without axes and for a negative ``n``.
+
+    >>> import shmarray as sa
+    >>> sa.diff(sa.asarray([1, 4, 9, 16])).compute()
+    array([3, 5, 7])
+    """
+    x = as_handle(a)
+    if n < 0:
+        raise ValueError(f"order must be non-negative but got {n!r}")
+    if not x.ndim:
+        raise ValueError("diff requires input that is at least one dimensional")
+    (only,) = axis_tuple(axis, x.ndim)
+    before = (slice(None),) * only
+    for _ in range(n):
+        x = apply("not_equal" if x.dtype.kind == "b" else "subtract", x[(*before, slice(1, None))], x[(*before, slice(None, -1))])
+    return x
