@@ -13,8 +13,8 @@ import numpy as np
 
 from shmarray.chunks import Chunks
 from shmarray.expr import Expr, Reduction, Scan, View, make
-from shmarray.handle import Handle, as_handle, in_memory, wrap
-from shmarray.ops.elementwise import apply, cast, current_errstate, where
+from shmarray.handle import as_handle, in_memory, wrap
+from shmarray.ops.elementwise import apply, cast, current_errstate, where, write_out
 from shmarray.ops.reductions_table import REDUCTIONS
 from shmarray.ops.shaping import broadcast_to, ravel
 from shmarray.region import IndexMap, axis_tuple
@@ -101,14 +101,8 @@ def _like(function: Any, x: Any, **kwargs: Any) -> np.dtype[Any]:
 
 
 def _into(result: Any, out: Any) -> Any:
-    """Return the result, written into ``out`` where that is given."""
-    if out is None:
-        return result
-    if isinstance(out, tuple):
-        (out,) = out
-    target: Any = out
-    target[...] = cast(result, target.dtype) if isinstance(out, Handle) else result.compute()
-    return out
+    """Return the result, written into ``out`` where that is given: reductions cast to whatever that is, in NumPy as well."""
+    return write_out(result, out, casting="unsafe")
 
 
 def _masked(x: Any, where_mask: Any, fill: Any) -> Any:
