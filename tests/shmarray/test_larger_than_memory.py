@@ -471,3 +471,34 @@ def test_more_indices_than_travel_at_once(small: sa.Pool, monkeypatch: pytest.Mo
     monkeypatch.setattr(gather, "MOST_INDICES", 1000)
     index = np.random.default_rng(3).integers(0, SHAPE[0], 3500)
     same(sa.array(values)[index], values[index])
+
+
+@pytest.mark.parametrize("what", ["compute", "sum", "rows", "sort", "update"])
+def test_a_forked_child_is_told_that_it_cannot_reach_what_is_spilled(small: sa.Pool, values: np.ndarray[Any, Any], what: str) -> None:
+    def update() -> None:
+        x[:3] = 1.0
+
+    x = sa.array(values)
+    act: Callable[[], object] = {
+        "compute": lambda: x[:3].compute(),
+        "sum": lambda: float(x.sum()),
+        "rows": lambda: x[[1, 2]],
+        "sort": lambda: np.sort(x),
+        "update": update,
+    }[what]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+            told = "nothing"
+        except BaseException as error:
+            told = f"{type(error).__name__}: {error}"
+        os.write(write, told.encode())
+        os._exit(0)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with os.fdopen(read, "rb") as pipe:
+        told = pipe.read().decode()
+    assert told.startswith("SpillError: the spill file") and "compute() what the child needs before the fork" in told
+    same(x, values)
