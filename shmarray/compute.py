@@ -216,6 +216,8 @@ def run(
         return Report()
     stored = [node for node in postorder(n for n, _ in pairs) if isinstance(node, Stored)]
     places = [*(node.storage for node in stored), *(target.storage for _, target in pairs if target.storage is not None)]
+    for place in places:
+        place.require_readable()
     homes = {place.pool for place in places if place.is_spilled}
     # Only the workers of its own pool reach a spill file.
     pool = homes.pop() if len(homes) == 1 else pool or current_pool()

@@ -161,6 +161,11 @@ class Storage:
         """Whether the bytes lie in the spill file."""
         return self.extent.address.segment == SPILL
 
+    def require_readable(self) -> None:
+        """Raise SpillError where this process cannot read what is spilled: in a forked child, or when the pool was closed."""
+        if self.is_spilled and self.pool.memory.spill is not None:
+            self.pool.memory.spill.require_usable()
+
     def array(self, layout: Layout) -> NDArray:
         """Return the live, writable bytes in this process. Not for users: nothing guards it. Not for what is spilled: see `read`."""
         assert not self.is_spilled, self.shape
@@ -173,6 +178,7 @@ class Storage:
         """
         if not self.is_spilled:
             return self.array(layout)
+        self.require_readable()
         limit = self.pool.budget.limit_nbytes
         if layout.nbytes > limit:
             raise MemoryBudgetError(
