@@ -7,11 +7,15 @@ the caller holds the allocator lock of the segment wherever a method says so.
 Never put here: memfds, /proc, locks, clocks, processes (`shared`): they come in as values and functions.
 
     header        magic, uuid, inodes, epoch, high waters          made by the founder; epoch and high waters: the lock holder
-    participants  state | identity | descriptors | waits           itself, or its reaper under the lock
+    participants  state | identity | descriptors | waits           itself, or its reaper under the lock; of a collection (STORE),
+                  whose identity names its root object: the lock holder
     objects       generation << 8 | state, offset, nbytes, used    the lock holder
     tokens        nonce << 1 | pending, object, generation,        the lock holder
                   sender, found dead at
-    held[p][o]    one byte: participant p holds object o           p (sets it under the lock, clears it without); p's reaper
+    held[p][o]    one byte: participant p holds object o           p (sets it under the lock, clears it without); p's reaper;
+                  of a collection the lock holder
+
+What a collection holds counts as long as its root is held by a process, by a handle on its way, or by another collection that counts.
 """
 
 from __future__ import annotations
@@ -34,10 +38,11 @@ OBJECTS = 1 << 15
 TOKENS = 1 << 14  # handles on their way
 MAGIC = 0x73686D617272_0001  # with the version of this layout
 
-FREE, LIVE = 0, 1  # of objects; a participant is FREE, EMBRYO or LIVE
-EMBRYO = 2
+FREE, LIVE = 0, 1  # of objects; a participant is FREE, EMBRYO, LIVE or STORE
+EMBRYO, STORE = 2, 3
 PAGE_NBYTES = mmap.PAGESIZE
 FEW = 256
+NUMBER_BITS = 15  # of an object, in the identity of a collection
 STEPS_PER_DOUBLING = 16  # size classes, so that freed ranges fit later objects
 
 # Words of the header.
@@ -102,7 +107,7 @@ class Table:
         return int(self.words[_WHERE + row])
 
     def rows(self) -> list[int]:
-        """Return the participants that are LIVE."""
+        """Return the participants that are LIVE: processes, as far as anybody knows."""
         used = int(self.words[ROWS_USED])
         return [int(row) for row in np.flatnonzero(self._array[_STATE : _STATE + used] == LIVE)]
 
@@ -124,6 +129,16 @@ class Table:
         used = int(self.words[ROWS_USED])
         states = self._array[_STATE : _STATE + used]
         return [int(row) for row in np.flatnonzero((self.held[:used, obj] != 0) & (states != FREE))]
+
+    def collections(self) -> list[tuple[int, int]]:
+        """Return the collections: (row, root object)."""
+        used = int(self.words[ROWS_USED])
+        found = np.flatnonzero(self._array[_STATE : _STATE + used] == STORE).tolist()
+        return [(row, self._root(row)[0]) for row in found]
+
+    def held_by(self, row: int) -> list[int]:
+        """Return the objects that a participant holds."""
+        return [int(obj) for obj in np.flatnonzero(self.held[row, : self.words[OBJECTS_USED]])]
 
     def pending(self) -> list[tuple[int, int, int, int]]:
         """Return the handles on their way: (token, object, generation, identity of the sender)."""
@@ -182,6 +197,30 @@ class Table:
         self._set(_IDENTITY + row, identity)
         self._set(_STATE + row, LIVE)
 
+    def reserve(self) -> int:
+        """Return a row for a new collection. What it is made to hold counts from `enlist` on; until then the lock must not be left."""
+        row = self._free_row()
+        self._wipe(self.held[row])
+        self._set(_WAITS + row, 0)
+        return row
+
+    def enlist(self, row: int, obj: int, generation: int) -> None:
+        """Make a reserved row that of the collection with the root ``obj``, which it does not hold itself."""
+        self._set(_IDENTITY + row, generation << NUMBER_BITS | obj)
+        self._set(_STATE + row, STORE)
+
+    def hold(self, row: int, obj: int, generation: int) -> bool:
+        """Have ``row`` hold an object, and return True; False when it was freed."""
+        if not self.is_live(obj, generation):
+            return False
+        self._hold(row, obj, 1)
+        return True
+
+    def _root(self, row: int) -> tuple[int, int]:
+        """Return object and generation of the root of a collection."""
+        identity = self.identity(row)
+        return identity & ((1 << NUMBER_BITS) - 1), identity >> NUMBER_BITS
+
     def abandon(self, row: int) -> None:
         """Give up a row: of an embryo that was not born, or one's own."""
         self._bury(row)
@@ -190,6 +229,8 @@ class Table:
         """Free the rows of participants that are gone, and return how many: ``is_alive(identity)``, ``is_embryo(row)``."""
         used, count = int(self.words[ROWS_USED]), 0
         for row in np.flatnonzero(self._array[_STATE : _STATE + used]).tolist():
+            if self.words[_STATE + row] == STORE:
+                continue  # of which `sweep` takes care
             alive = is_embryo(row) if self.words[_STATE + row] == EMBRYO else is_alive(self.identity(row))
             if not alive:
                 self._bury(row)
@@ -307,10 +348,12 @@ class Table:
         return freed
 
     def _unheld(self, kept: list[int]) -> list[int]:
-        """Return the live objects that nobody holds, but for ``kept``."""
+        """Return the live objects that nobody holds, but for ``kept``. Buries the collections of which that is true."""
         used = int(self.words[OBJECTS_USED])
-        rows = [row for row, state in enumerate(self.words[_STATE : _STATE + self.words[ROWS_USED]].tolist()) if state != FREE]
-        if used <= FEW:  # NumPy's calls would cost more than the work
+        states = self.words[_STATE : _STATE + self.words[ROWS_USED]].tolist()
+        rows = [row for row, state in enumerate(states) if state in (LIVE, EMBRYO)]
+        collections = [row for row, state in enumerate(states) if state == STORE]
+        if used <= FEW and not collections:  # NumPy's calls would cost more than the work
             roots = 0
             for row in rows:
                 roots |= int.from_bytes(self._held_bytes[row * OBJECTS : row * OBJECTS + used], "little")
@@ -321,8 +364,25 @@ class Table:
             return [obj for obj, word in enumerate(words) if word & 255 and not flags[obj]]
         held: Any = self.held[rows, :used].any(axis=0)
         held[kept] = True
-        states = self._array[_OBJECT : _OBJECT + used] & 255
-        return [int(obj) for obj in ((states != FREE) & ~held).nonzero()[0]]
+        for row in self._trace(held, collections):
+            self._bury(row)  # before its root is freed, whose number may come again
+        live = self._array[_OBJECT : _OBJECT + used] & 255
+        return [int(obj) for obj in ((live != FREE) & ~held).nonzero()[0]]
+
+    def _trace(self, held: Any, collections: list[int]) -> list[int]:
+        """Add what collections hold that ``held`` reaches, and return those that it does not reach."""
+        rest = collections
+        while True:
+            found: list[int] = []
+            unreached: list[int] = []
+            for row in rest:
+                obj, generation = self._root(row)
+                (found if obj < len(held) and held[obj] and self.is_live(obj, generation) else unreached).append(row)
+            if not found:
+                return unreached
+            for row in found:
+                held |= self.held[row, : len(held)] != 0
+            rest = unreached
 
     def _lower(self, high_water: int, first: int, mask: int) -> None:
         """Let a high water sink to what is in use: what is looked at each time stays as little as that."""

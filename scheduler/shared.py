@@ -63,6 +63,7 @@ EAGER_NBYTES = 8 << 20  # a drop of that much is swept at once, if nobody else h
 ATTEMPTS = 20
 LINE_NBYTES = 64
 HANDLE = struct.Struct("<QIIIIIH")  # uuid, object, generation, token, nonce, pid and descriptor of the sender
+NO_TOKEN = 0  # a nonce that no token has
 _TRAILER = struct.Struct("QQ")  # how many cells, how many bytes of meta
 LAST_BYTE = (1 << 63) - 1
 FLOCK = struct.Struct("hhqqi4x")
@@ -133,6 +134,12 @@ class Lease:
     def handle(self) -> bytes:
         """Return some 30 bytes that `receive` makes a Lease of, once for sure, and again while anybody holds one."""
         return self.segment._issue(self)
+
+    def reference(self) -> bytes:
+        """Return a handle that keeps nothing: `receive` takes it while anybody holds the allocation."""
+        segment = self.segment
+        pid = os.getpid()
+        return HANDLE.pack(segment.uuid, self.number, self.generation, 0, NO_TOKEN, pid, segment.table_fd)
 
     def is_cold(self) -> bool:
         """Return whether its bytes have never been touched since they were last given back: they are zeros."""
@@ -398,6 +405,15 @@ class Segment:
 
         return self._locked(do)
 
+    def take(self, number: int, generation: int) -> Lease:
+        """Return a Lease of an object that somebody is known to hold. Raises HandleExpired when nobody did."""
+        return self._receive(number, generation, 0, NO_TOKEN)
+
+    def take_inside(self, number: int, generation: int) -> Lease:
+        """`take`, for what is called under the lock of the table."""
+        self.table.receive(self.row, number, generation, 0, NO_TOKEN)
+        return self._lease(number, generation)
+
     # --- locks of cells -----------------------------------------------------------------------------------------------------------
 
     def anybody_waits(self) -> bool:
@@ -566,8 +582,21 @@ class Segment:
             "high_water_nbytes": max((offset + length for offset, length, _ in extents.values()), default=0),
             "handles_on_their_way": len(table.pending()),
             "owners": owners,
+            "stores": self._collections(),
             "locks": self._held_locks(),
         }
+
+    def _collections(self) -> list[dict[str, Any]]:
+        """Return what the makers of the collections wrote about them, and who uses each."""
+        found = []
+        for row, obj in self.table.collections():
+            offset, _, nbytes = self.table.extent(obj)
+            at = offset + _line_ceil(nbytes)
+            count, length = _TRAILER.unpack_from(self.data, at)
+            meta = bytes(self.data[at + 16 + 8 * count : at + 16 + 8 * count + length])
+            users = [self.table.identity(other) >> START_BITS for other in self.table.rows() if self.table.held[other, obj]]
+            found.append({"meta": meta, "holds": len(self.table.held_by(row)), "users": sorted(users)})
+        return found
 
     def _held_locks(self) -> list[dict[str, Any]]:
         """Return who holds cells, and who waits, as the kernel tells."""

@@ -37,6 +37,7 @@ from shmarray.errors import (
 from shmarray.explain import explain
 from shmarray.ops import creation, elementwise, linalg, random, reductions, shaping
 from shmarray.ops.blocks import map_blocks
+from shmarray.store import attach
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ __all__ = [  # noqa: PLE0604  # the families name their own functions
     "WorkerStartError",
     "allclose",
     "array_equal",
+    "attach",
     "compute",
     "config",
     "e",

@@ -239,7 +239,7 @@ class Array(Handle):
 
     def __reduce__(self) -> Any:
         if isinstance(self._storage, SharedStorage):
-            return stored, (self.shared(), self.chunks)
+            return stored, (self.shared(), self.chunks, self._storage.is_watched)
         if self._storage is not None:
             return running.new_stored, (np.asarray(self), self.chunks)
         return _rebuild, (pack(self.node), self.chunks)

@@ -13,6 +13,7 @@ Never put here: how memory is owned (`scheduler.shared`), what an array in it is
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import os
 import threading
@@ -26,6 +27,7 @@ from scheduler.shared import CellHold, family, prepare
 from shmarray.chunks import chunk_box
 from shmarray.errors import AbandonedLockError, HandleExpired, LockError
 from shmarray.handle import Handle
+from shmarray.packing import register
 from shmarray.shared_memory import (
     Form,
     SharedArray,
@@ -38,15 +40,18 @@ from shmarray.shared_memory import (
     over,
     storage_of,
 )
+from shmarray.store import LIST, List, Store
 
 __all__ = [
     "AbandonedLockError",
     "Array",
     "HandleExpired",
+    "List",
     "Lock",
     "LockError",
     "Report",
     "SharedArray",
+    "Store",
     "Value",
     "array",
     "copy",
@@ -508,6 +513,10 @@ def _made_over(kind: type[Value] | type[Array], array: SharedArray, own: Any = N
     return made
 
 
+register(Value, LIST + 1, lambda value: over(value._lease, (), value.dtype), lambda array: _made_over(Value, array))
+register(Array, LIST + 2, Array.get_obj, lambda array: _made_over(Array, array))
+
+
 # --- looking ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -524,6 +533,11 @@ class Report(dict[str, Any]):
         for pid, owner in sorted(self["owners"].items()):
             me = " (this one)" if pid == os.getpid() else ""
             lines.append(f"process {pid}{me} holds {owner['arrays']} arrays, {format_bytes(owner['nbytes'])}")
+        for store in self["stores"]:
+            name = "" if store["name"] is None else f" {store['name']!r}"
+            lines.append(
+                f"{store['kind']}{name}, which holds {store['holds']} of them, is used by {', '.join(map(str, store['users'])) or 'others'}"
+            )
         for held in self["locks"]:
             first, stop = held["cells"]
             verb = "waits for" if held["waits"] else "has locked"
@@ -535,8 +549,13 @@ class Report(dict[str, Any]):
 
 
 def report() -> Report:
-    """Return what there is: live, free and warm bytes, the largest hole, owners, locks held and by whom. Frees what nobody holds first."""
-    return Report(family().statistics())
+    """Return what there is: live, free and warm bytes, the largest hole, owners, stores and lists, locks held and by whom.
+
+    Frees what nobody holds first.
+    """
+    found = Report(family().statistics())
+    found["stores"] = [{**json.loads(store.pop("meta")), **store} for store in found["stores"]]
+    return found
 
 
 def trim(keep_nbytes: int = 0) -> int:

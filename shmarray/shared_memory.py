@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from scheduler.locks import process_locks
-from scheduler.shared import Lease, family, receive
+from scheduler.shared import Lease, Segment, family, receive
 from scheduler.task import DRIVER, Address, LockRequest
 from shmarray.chunks import Chunks, normalize_chunks
 from shmarray.config import config
 from shmarray.handle import wrap_stored
 from shmarray.storage import Layout, Storage, _cell_starts, _identities
 
-__all__ = ["Form", "SharedArray", "SharedStorage", "allocate", "form_of", "hold_all", "layout_of", "lease_of", "stored"]
+__all__ = ["Form", "SharedArray", "SharedStorage", "allocate", "form_of", "hold_all", "layout_of", "lease_of", "reduced", "stored"]
 
 NDArray = np.ndarray[Any, Any]
 
@@ -144,14 +144,17 @@ class SharedArray(np.ndarray[Any, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         lease = lease_of(self)
-        if lease is None:
-            return np.asarray(self).__reduce_ex__(protocol)
-        form = form_of(lease)
-        if self.shape == form.shape and self.dtype == form.dtype and self.flags.c_contiguous and self.flags.writeable:
-            return _arrive, (lease.handle(),)
-        layout = layout_of(self, lease)
-        dtype = None if layout.dtype == form.dtype else layout.dtype
-        return _arrive, (lease.handle(), layout.offset, layout.shape, layout.strides, dtype, self.flags.writeable)
+        return np.asarray(self).__reduce_ex__(protocol) if lease is None else reduced(self, lease, lease.handle())
+
+
+def reduced(array: NDArray, lease: Lease, handle: bytes) -> tuple[Any, ...]:
+    """Return how an array over a lease is pickled: what is to be called with which arguments."""
+    form = form_of(lease)
+    if array.shape == form.shape and array.dtype == form.dtype and array.flags.c_contiguous and array.flags.writeable:
+        return _arrive, (handle,)
+    layout = layout_of(array, lease)
+    dtype = None if layout.dtype == form.dtype else layout.dtype
+    return _arrive, (handle, layout.offset, layout.shape, layout.strides, dtype, array.flags.writeable)
 
 
 def _plain(found: Any) -> Any:
@@ -216,15 +219,15 @@ def layout_of(array: NDArray, lease: Lease) -> Layout:
     return Layout(offset, array.shape, array.strides, array.dtype)
 
 
-def allocate(shape: Any, dtype: Any, chunks: Any = None) -> SharedArray:
-    """Return a new array with whatever bytes were there."""
+def allocate(shape: Any, dtype: Any, chunks: Any = None, segment: Segment | None = None) -> SharedArray:
+    """Return a new array with whatever bytes were there, in the family's segment unless another is given."""
     dtype = np.dtype(dtype)
     if dtype.hasobject or dtype.itemsize == 0:
         raise TypeError(f"a shared array of dtype {dtype}: Python objects and elements without a size cannot lie in shared memory")
     sizes = tuple(int(n) for n in shape)
     form = _automatic(sizes, dtype, config.chunk_size) if chunks is None else Form(sizes, dtype, normalize_chunks(chunks, sizes, dtype))
     nbytes = max(1, math.prod(sizes) * dtype.itemsize)
-    lease = family().allocate(nbytes, cells=math.prod(form.counts), meta=form.meta)
+    lease = (segment or family()).allocate(nbytes, cells=math.prod(form.counts), meta=form.meta)
     lease.extra = form
     return over(lease, sizes, dtype)
 
@@ -246,6 +249,7 @@ class SharedStorage(Storage):
     """The bytes of a lease as those of a stored array. Other processes write them too: nothing is lent, the bytes never move."""
 
     is_shared = True
+    is_watched = False
 
     def __init__(self, lease: Lease, form: Form) -> None:
         self.pool = None  # type: ignore[assignment]  # of no pool: workers reach the bytes as they do the driver's own
@@ -298,7 +302,28 @@ class SharedStorage(Storage):
         return []  # its locks are of its segment, between processes: see `hold`
 
     def hold(self, layout: Layout, mode: str, timeout: float | None = None) -> Any:
-        return self.lease.lock(self.touched_cells(layout), mode, timeout)
+        return self.hold_runs(self.touched_cells(layout), mode, timeout)
+
+    def hold_runs(self, runs: list[tuple[int, int]], mode: str, timeout: float | None = None) -> Any:
+        """Return a lock of cells that is held already; a context manager."""
+        return self.lease.lock(runs, mode, timeout)
+
+
+class WatchedStorage(SharedStorage):
+    """The same, of an array that somebody else works on: it is read as it is at that moment, without a lock, and never written.
+
+    A lock to read would have the other side wait for a watcher that was stopped.
+    """
+
+    is_watched = True
+
+    def hold_runs(self, runs: list[tuple[int, int]], mode: str, timeout: float | None = None) -> Any:
+        if mode == "w":
+            raise ValueError(
+                f"assignment destination is read-only: this array of shape {self.shape} was attached to be watched. To write it, open it "
+                f"with sa.attach(name, writeable=True), or with sa.shared.Store(name)."
+            )
+        return contextlib.nullcontext()
 
 
 def storage_of(lease: Lease) -> SharedStorage:
@@ -310,10 +335,13 @@ def storage_of(lease: Lease) -> SharedStorage:
     return storage
 
 
-def stored(array: NDArray, chunks: Any = None) -> Any:
-    """Return a stored lazy `Array` over the memory of a shared array, without copying. It reads whatever is there when computed."""
+def stored(array: NDArray, chunks: Any = None, watched: bool = False) -> Any:
+    """Return a stored lazy `Array` over the memory of a shared array, without copying. It reads whatever is there when computed.
+
+    ``watched``: takes no locks, and cannot be written.
+    """
     lease = _lease(array)
-    storage = storage_of(lease)
+    storage = WatchedStorage(lease, form_of(lease)) if watched else storage_of(lease)
     layout = layout_of(array, lease)
     if chunks is None:
         sizes = storage.chunks if layout == storage.layout else normalize_chunks("auto", layout.shape, layout.dtype)
@@ -324,7 +352,10 @@ def stored(array: NDArray, chunks: Any = None) -> Any:
 
 def view_of_storage(storage: SharedStorage, layout: Layout) -> SharedArray:
     """Return the array that a stored `Array` over shared memory is."""
-    return over(storage.lease, layout.shape, layout.dtype, layout.offset, layout.strides)
+    found = over(storage.lease, layout.shape, layout.dtype, layout.offset, layout.strides)
+    if storage.is_watched:
+        found.flags.writeable = False
+    return found
 
 
 def hold_all(uses: Iterable[tuple[Storage, Layout, str]]) -> Any:
@@ -349,5 +380,5 @@ def _hold_shared(requests: list[LockRequest], shared: dict[SharedStorage, tuple[
         for storage in sorted(shared, key=lambda s: (s.lease.segment.uuid, s.lease.number)):  # in one order, everywhere
             runs, modes = shared[storage]
             # What is read and written is locked to write at once: a reader who then wants to write would wait for another such.
-            stack.enter_context(storage.lease.lock(sorted(runs), "w" if "w" in modes else "r"))
+            stack.enter_context(storage.hold_runs(sorted(runs), "w" if "w" in modes else "r"))
         yield

@@ -20,8 +20,9 @@ SCHEDULER = """
 __init__ executors.__init__ errors faults limits
 task spill
 state segments extents results locks watch
-redo ownership
-shared
+redo ownership rendezvous
+shared journal
+collection
 worker
 running
 pool
@@ -42,6 +43,8 @@ kernels.llvm.module
 storage kernels.program
 handle travel
 shared_memory
+packing
+store
 shared optimise kernels.numpy fuse
 kernels.reduce kernels.scan kernels.sources passes
 kernels.llvm.kernel
@@ -82,12 +85,15 @@ DOORS = {
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
     "scheduler.run": {"__init__", "compute", "doctor", "explain", "plan", "storage", "templates"},
-    "scheduler.errors": {"compute", "errors"},
+    "scheduler.errors": {"compute", "errors", "store"},
     "scheduler.executors": {"config"},  # their names
-    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage"},
+    "scheduler.limits": {"array", "chunks", "compute", "config", "doctor", "engines", "explain", "shared", "storage", "store"},
     "scheduler.segments": {"doctor", "kernels.numpy", "kernels.reduce", "kernels.scan", "kernels.sources", "kernels.llvm.kernel"},
     "scheduler.locks": {"shared_memory", "storage"},
-    "scheduler.shared": {"shared", "shared_memory"},
+    "scheduler.shared": {"packing", "shared", "shared_memory", "store"},
+    "scheduler.collection": {"store"},
+    "scheduler.journal": {"packing", "store"},
+    "scheduler.rendezvous": {"store"},
     "scheduler.spill": {"doctor"},
     "scheduler.results": {"plan"},
 }
