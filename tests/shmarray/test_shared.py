@@ -253,6 +253,30 @@ def test_a_program_is_silent_and_leaves_nothing(tmp_path: Path, method: str) -> 
     assert len(set(os.listdir("/dev/shm")) - before) == 0
 
 
+LATE = """
+import builtins, os
+from scheduler.shared import family
+from shmarray import shared
+
+a = shared.zeros(4_000_000)
+pid = os.fork()
+if pid == 0:
+    os._exit(0)  # leaves a row in the table, which a sweep looks at
+os.waitpid(pid, 0)
+family()._reaped_ns = 0
+builtins.kept = a  # goes when `open` has gone
+"""
+
+
+def test_an_array_that_goes_last_goes_in_silence() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHMARRAY_SHARED")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=environment, timeout=LONG_S)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # Pickles.
 
 
