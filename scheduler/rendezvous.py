@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 from scheduler.errors import SharedMemoryError
 
-__all__ = ["Server", "ask", "check_name", "directories", "names"]
+__all__ = ["Server", "ask", "check_name", "directories", "names", "sweep"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SUFFIX = ".sock"
@@ -151,18 +151,10 @@ def _peer(connection: socket.socket) -> tuple[int, int]:
 # --- asking -----------------------------------------------------------------------------------------------------------------------
 
 
-class Missing(FileNotFoundError):
-    """There is no store of that name. ``swept``: there was, and its owner is gone."""
-
-    def __init__(self, message: str, *, swept: bool = False) -> None:
-        super().__init__(message)
-        self.swept = swept
-
-
 def ask(name: str) -> tuple[bytes, int]:
     """Return what the server of a name answers, and its pid.
 
-    Raises Missing when there is none, and sweeps what is dead; SharedMemoryError for an answer that is none, or does not come.
+    Raises FileNotFoundError when there is none, and sweeps what is dead; SharedMemoryError for an answer that is none, or does not come.
     """
     check_name(name)
     swept = False
@@ -185,12 +177,13 @@ def ask(name: str) -> tuple[bytes, int]:
     there = names()
     others = f"There are: {', '.join(there)}." if there else "There are no others of this user."
     if swept:
-        raise Missing(
+        raise FileNotFoundError(
             f"opening store {name!r}: the process that served it is gone, killed perhaps, and nobody can join its store any more (its "
-            f"socket is swept now). Processes that had opened it go on. Start it again, with create=True. {others}",
-            swept=True,
+            f"socket is swept now). Processes that had opened it go on. Start it again, with create=True. {others}"
         )
-    raise Missing(f"opening store {name!r}: there is none. Looked for {looked}. {others} Make it with Store({name!r}, create=True).")
+    raise FileNotFoundError(
+        f"opening store {name!r}: there is none. Looked for {looked}. {others} Make it with Store({name!r}, create=True)."
+    )
 
 
 def _answer(connection: socket.socket, name: str, path: str) -> tuple[bytes, int]:
@@ -238,18 +231,24 @@ def _silent(name: str, path: str, pid: int) -> SharedMemoryError:
     )
 
 
-def names(*, sweep: bool = False) -> list[str]:
-    """Return the names there are, of living processes and dead ones; with ``sweep`` of living ones only, and the dead are swept."""
+def names() -> list[str]:
+    """Return the names there are, of living processes and dead ones."""
     found: list[str] = []
     for path in directories():
         with _opened(path) as fd:
-            if fd is None:
-                continue
-            for entry in sorted(os.listdir(fd)):
-                name = entry.removesuffix(SUFFIX)
-                if name != entry and NAME.match(name) and not (sweep and _sweep(fd, path, name)):
-                    found.append(name)
+            entries = [] if fd is None else sorted(os.listdir(fd))
+        found += [name for entry in entries if (name := entry.removesuffix(SUFFIX)) != entry and NAME.match(name)]
     return list(dict.fromkeys(found))
+
+
+def sweep(name: str) -> bool:
+    """Remove the sockets of a name at which nobody listens, and return whether there were any."""
+    check_name(name)
+    found = False
+    for path in directories():
+        with _opened(path) as fd:
+            found |= fd is not None and _sweep(fd, path, name)
+    return found
 
 
 def _sweep(fd: int, path: str, name: str) -> bool:

@@ -655,13 +655,16 @@ def stores() -> str:
     """Return what stores of this user there are, as text: owner, names, shapes, dtypes, bytes. Those whose owner is dead are swept."""
     lines = []
     for name in rendezvous.names():
+        if rendezvous.sweep(name):
+            lines.append(f"{name}: dead; its owner is gone, and its socket is swept")
+            continue
         try:
             with Store(name) as store:
                 maker = json.loads(store._root().meta)["maker"] >> 40
                 users: Sequence[int] = sorted({user >> 40 for user in store._live.users()} - {os.getpid(), maker})
                 rows = store.describe()
-        except rendezvous.Missing as error:
-            lines.append(f"{name}: dead; its owner is gone, and its socket is swept" if error.swept else f"{name}: closed just now")
+        except FileNotFoundError:
+            lines.append(f"{name}: closed just now")
             continue
         except (OSError, RuntimeError) as error:
             lines.append(f"{name}: cannot be opened: {error}")

@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 
 
 def test_the_examples_of_the_guide_run() -> None:
     result = doctest.testfile(str(ROOT / "docs" / "guide.md"), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted >= 20
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: p.name)
+def test_the_examples_of_a_guide_run(page: Path) -> None:
+    result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted >= 5
     assert result.failed == 0
 
 
