@@ -277,6 +277,85 @@ PROGRAMS = {
         ),
         "50000.0 [-0.0, 1.0, -2.0, 3.0]\n",
     ),
+    "a list of a Manager, appended by workers": Program(
+        """
+        from multiprocessing import Process, Manager
+
+        def worker(L, i):
+            L.append('worker %d' % i)
+            L.append({'square': i ** 2})
+
+        if __name__ == '__main__':
+            with Manager() as manager:
+                L = manager.list(['main'])
+                for i in range(3):
+                    p = Process(target=worker, args=(L, i))
+                    p.start()
+                    p.join()
+                print(L[0], L[1:], len(L))
+        """,
+        (
+            ("import Process, Manager\n", "import Process\nfrom shmarray import shared\n"),
+            ("with Manager() as manager:", "if True:"),
+            ("manager.list(", "shared.List("),
+        ),
+        "main ['worker 0', {'square': 0}, 'worker 1', {'square': 1}, 'worker 2', {'square': 4}] 7\n",
+    ),
+    "a dict and a list of a Manager": Program(  # docs.python.org, multiprocessing: server process; of a store names are text
+        """
+        from multiprocessing import Process, Manager
+
+        def f(d, l):
+            d['1'] = '1'
+            d['2'] = 2
+            d['0.25'] = None
+            l.reverse()
+
+        if __name__ == '__main__':
+            with Manager() as manager:
+                d = manager.dict()
+                l = manager.list(range(10))
+
+                p = Process(target=f, args=(d, l))
+                p.start()
+                p.join()
+
+                print(dict(d))
+                print(l[:])
+        """,
+        (
+            ("import Process, Manager\n", "import Process\nfrom shmarray import shared\n"),
+            ("with Manager() as manager:", "if True:"),
+            ("manager.dict()", "shared.Store()"),
+            ("manager.list(", "shared.List("),
+        ),
+        "{'1': '1', '2': 2, '0.25': None}\n[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]\n",
+    ),
+    "a counter in a dict of a Manager": Program(
+        """
+        from multiprocessing import Process, Manager
+
+        def worker(d, lock):
+            for i in range(50):
+                with lock:
+                    d['count'] += 1
+
+        if __name__ == '__main__':
+            with Manager() as manager:
+                d, lock = manager.dict(), manager.Lock()
+                d['count'] = 0
+                procs = [Process(target=worker, args=(d, lock)) for i in range(2)]
+                for p in procs: p.start()
+                for p in procs: p.join()
+                print(d['count'])
+        """,
+        (
+            ("import Process, Manager\n", "import Process\nfrom shmarray import shared\n"),
+            ("with Manager() as manager:", "if True:"),
+            ("d, lock = manager.dict(), manager.Lock()", "d = shared.Store()\n        lock = d.lock('count')"),
+        ),
+        "100\n",
+    ),
     "an array through SharedMemory, by name": Program(  # docs.python.org, multiprocessing.shared_memory, the second shell a process
         """
         import numpy as np
@@ -503,3 +582,96 @@ def test_two_unrelated_scripts_exchange_arrays(tmp_path: Path, version: str) -> 
     assert (server_said, client_said) == ("", "")
     assert served == ("[[0.0, 1.0, 2.0, 3.0], [104.0, 5.0, 106.0, 7.0], [108.0, 9.0, 110.0, 11.0]] 6 50000.0 True\nabandoned: True\n")
     assert got == "104.0 6\n"
+
+
+FIRST = """
+import sys
+from shmarray import shared
+
+with shared.Store(sys.argv[1], create=True) as store:
+    store["temperature"] = shared.zeros((4, 5), chunks=(2, 5))
+    store["n"] = shared.Value("q")
+    store["params"] = {"dt": 0.5}
+    print("made", flush=True)
+    store.wait("done", timeout=60)
+    print(store["temperature"].sum(), store["n"].value, store.list("log")[:], store["mine"].tolist())
+"""
+
+SECOND = """
+import sys
+import shmarray as sa
+from shmarray import shared
+
+with shared.Store(sys.argv[1]) as store:
+    with store.lock("temperature") as t:
+        t += store["params"]["dt"]
+    store["n"].add(3)
+    store.list("log").append("second was here")
+    store["mine"] = shared.full(3, 7)
+    with sa.attach(sys.argv[1]) as run:
+        print(float(run["temperature"].sum()))
+    store["done"] = True
+"""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_two_unrelated_scripts_share_a_store(tmp_path: Path, version: str) -> None:
+    python = interpreter(version)
+    name = f"test-{os.getpid()}-{version}"
+
+    def start(python: str, script: Path) -> subprocess.Popen[str]:
+        arguments = [python, "-W", "error::UserWarning", str(script), name]
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+    first = start(sys.executable, write(tmp_path / "first.py", FIRST))
+    assert first.stdout is not None and first.stdout.readline() == "made\n"
+    second = start(python, write(tmp_path / "second.py", SECOND))
+
+    said = [script.communicate(timeout=LONG_S) for script in (second, first)]
+
+    assert said == [("10.0\n", ""), ("10.0 3 ['second was here'] [7, 7, 7]\n", "")]
+    assert (first.returncode, second.returncode) == (0, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_owner_of_a_store_is_killed_and_its_users_go_on(tmp_path: Path, method: str) -> None:
+    """A worker has the store by its start, another script by its name; whoever comes later is told."""
+    name = f"test-{os.getpid()}-{method}"
+    program = write(
+        tmp_path / "owner.py",
+        """
+        import multiprocessing, os, select, sys
+        from shmarray import shared
+
+        def work(store, reader, killed):
+            a = store["a"]
+            print("ready", flush=True)
+            reader.recv()
+            gone = os.pidfd_open(killed)
+            os.kill(killed, 9)
+            select.select([gone], [], [])
+            a += 1
+            store["b"] = 2
+            try:
+                shared.Store(sys.argv[1])
+            except FileNotFoundError as error:
+                print(a.sum(), store["b"], sorted(store), "told" if sys.argv[1] in str(error) else error, flush=True)
+
+        if __name__ == "__main__":
+            context = multiprocessing.get_context(sys.argv[2])
+            store = shared.Store(sys.argv[1], create=True)
+            store["a"] = shared.zeros(1000)
+            reader, writer = context.Pipe(duplex=False)
+            context.Process(target=work, args=(store, reader, os.getpid())).start()
+            writer.send("go")
+            while True:
+                store["a"].sum()
+        """,
+    )
+    owner = subprocess.Popen(
+        [sys.executable, str(program), name, method], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+
+    output, errors = owner.communicate(timeout=LONG_S)
+
+    assert (owner.returncode, output) == (-9, "ready\n1000.0 2 ['a', 'b'] told\n"), errors
