@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from scheduler.errors import HandleExpired, SharedMemoryError
 from scheduler.journal import ROOT_NBYTES, Journal, Record, State
-from scheduler.shared import Lease, Segment
+from scheduler.shared import Lease, Segment, is_alive
 
 __all__ = ["Collection"]
 
@@ -111,6 +111,15 @@ class Collection:
         """Return the processes that hold the root, dead ones that nobody has missed yet among them."""
         table = self.segment.table
         return sorted({table.identity(row) for row in table.rows() if table.held[row, self.lease.number]})
+
+    def is_used_by_others(self) -> bool:
+        """Return whether another process that lives holds the root, or a child that is being forked, or a handle or collection does."""
+        table, number = self.segment.table, self.lease.number
+        if any(obj == number for _, obj, _, _ in table.pending()):
+            return True
+        mine, processes = (self.segment.row, self._journal.row), table.rows()
+        others = [row for row in table.holders(number) if row not in mine]
+        return any(row not in processes or is_alive(table.identity(row)) for row in others)
 
     def check(self) -> None:
         """Assert what `Journal.check` does."""

@@ -190,6 +190,11 @@ class Journal:
         """A number that every change changes."""
         return int(self._root[_TAIL])
 
+    @property
+    def row(self) -> int:
+        """Its row of the table."""
+        return int(self._root[_ROW])
+
     def refresh(self) -> State:
         """Return what is there now."""
         while True:

@@ -248,7 +248,8 @@ class Table:
                 return row
         if used == ROWS:
             raise SharedMemoryError(
-                f"joining a family of processes that share arrays: {ROWS} processes are in it, and no more can be. End some."
+                f"joining a family of processes that share arrays, or making a store or list in it: {ROWS} of these are in it, and no more "
+                f"can be. End some, or drop some."
             )
         self._set(ROWS_USED, used + 1)
         return used

@@ -32,6 +32,7 @@ __all__ = ["Server", "ask", "check_name", "directories", "names", "sweep"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 SUFFIX = ".sock"
+LOGINS, TEMPORARY = "/run/user", "/tmp"  # where directories are looked for beside $XDG_RUNTIME_DIR
 MAGIC = b"shmstore"
 VERSION = 1
 HEAD = struct.Struct("<8sIIi")  # magic, version, length, pid
@@ -61,11 +62,11 @@ def directories() -> list[str]:
     uid = os.geteuid()
     found = []
     # The second is that of a login, which a job that was started otherwise does not know of.
-    for runtime in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{uid}"):
+    for runtime in (os.environ.get("XDG_RUNTIME_DIR", ""), f"{LOGINS}/{uid}"):
         with contextlib.suppress(OSError):  # after `su` it may name another user's
             if os.stat(runtime).st_uid == uid:
                 found.append(os.path.join(runtime, "shmarray"))
-    found.append(f"/tmp/shmarray-{uid}")
+    found.append(f"{TEMPORARY}/shmarray-{uid}")
     return list(dict.fromkeys(found))
 
 

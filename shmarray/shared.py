@@ -535,9 +535,8 @@ class Report(dict[str, Any]):
             lines.append(f"process {pid}{me} holds {owner['arrays']} arrays, {format_bytes(owner['nbytes'])}")
         for store in self["stores"]:
             name = "" if store["name"] is None else f" {store['name']!r}"
-            lines.append(
-                f"{store['kind']}{name}, which holds {store['holds']} of them, is used by {', '.join(map(str, store['users'])) or 'others'}"
-            )
+            users = ", ".join(map(str, store["users"])) or "a store"
+            lines.append(f"{store['kind']}{name}, which holds {store['holds']} of them, is used by {users}")
         for held in self["locks"]:
             first, stop = held["cells"]
             verb = "waits for" if held["waits"] else "has locked"

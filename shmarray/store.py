@@ -24,7 +24,7 @@ from scheduler.collection import Collection
 from scheduler.errors import HandleExpired
 from scheduler.journal import APPEND, CLEAR, DELETE, DELETE_AT, INSERT, NUMBER, SET, SET_AT, Record, State
 from scheduler.limits import format_bytes
-from scheduler.shared import Lease, family, identity_of, receive
+from scheduler.shared import START_BITS, Lease, family, identity_of, is_alive, receive
 from shmarray.packing import FIRST_REGISTERED, Item, array_of, describe, is_over_array, pack, register, unpack
 from shmarray.shared_memory import SharedArray, _lock_type, allocate, stored
 
@@ -509,12 +509,10 @@ class Store(MutableMapping[str, Any]):
 
     def _check_for_others(self, key: str) -> None:
         maker = json.loads(self._root().meta)["maker"]
-        me = identity_of(os.getpid())
-        others = [user for user in (*self._live.users(), maker) if user != me and identity_of(user >> 40) == user]
-        if not others and maker != me:
+        if not is_alive(maker) and not self._live.is_used_by_others():
             raise EOFError(
-                f"waiting for {key!r} in {self._told()}: process {maker >> 40}, which created it, has ended, and no other one uses it. "
-                f"Nobody is left who could set it."
+                f"waiting for {key!r} in {self._told()}: process {maker >> START_BITS}, which created it, has ended, and no other one "
+                f"uses it. Nobody is left who could set it."
             )
 
 
@@ -569,6 +567,8 @@ class Attached(Mapping[str, Any]):
         if array is not None:
             return stored(array, watched=not self._writeable)
         value = self._store[key]
+        if isinstance(value, SharedArray):
+            return self[key]  # it was set meanwhile
         if isinstance(value, Store):
             return Attached(value, self._writeable)
         return value if self._writeable or not isinstance(value, List) else value[:]
@@ -660,8 +660,8 @@ def stores() -> str:
             continue
         try:
             with Store(name) as store:
-                maker = json.loads(store._root().meta)["maker"] >> 40
-                users: Sequence[int] = sorted({user >> 40 for user in store._live.users()} - {os.getpid(), maker})
+                maker = json.loads(store._root().meta)["maker"] >> START_BITS
+                users: Sequence[int] = sorted({user >> START_BITS for user in store._live.users()} - {os.getpid(), maker})
                 rows = store.describe()
         except FileNotFoundError:
             lines.append(f"{name}: closed just now")

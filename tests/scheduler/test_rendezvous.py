@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -28,6 +29,8 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     runtime = tmp_path / ("long" * 30)
     runtime.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setattr(rendezvous, "LOGINS", str(tmp_path / "logins"))
+    monkeypatch.setattr(rendezvous, "TEMPORARY", str(tmp_path))
     return runtime / "shmarray"
 
 
@@ -159,6 +162,22 @@ def test_of_many_who_take_a_dead_name_at_once_one_gets_it(directory: Path) -> No
         made[0].close()
 
 
+def test_a_dead_name_is_swept_and_taken_under_the_lock_of_the_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two who find it dead could each take away what the other has made since."""
+    die("run")
+    fd = os.open(directory, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    monkeypatch.setattr(rendezvous, "PATIENCE_S", 0.05)
+
+    for act in (lambda: ask("run"), lambda: Server("run", b""), lambda: rendezvous.sweep("run")):
+        with pytest.raises(SharedMemoryError, match=r"another process has had it for 0\.05 s"):
+            act()
+
+    assert os.listdir(directory) == ["run.sock"]
+    os.close(fd)
+    assert rendezvous.sweep("run")
+
+
 @pytest.mark.parametrize(
     "answer, text",
     [
@@ -261,11 +280,13 @@ def test_a_directory_of_another_user_is_refused(directory: Path, monkeypatch: py
 
 
 def test_without_a_runtime_directory_of_this_user_there_is_one_in_tmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    last = f"/tmp/shmarray-{os.geteuid()}"
+    last = f"{tmp_path}/shmarray-{os.geteuid()}"
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    assert str(tmp_path) not in "".join(directories()) and directories()[-1] == last
+    assert directories() == [last]
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert directories()[-1] == last
+    assert directories() == [last]
+    with served():
+        assert ask("run")[0] == b"where it is" and os.listdir(last) == ["run.sock"]
 
 
 def test_a_forked_child_does_not_answer_and_does_not_keep_the_name(directory: Path) -> None:
