@@ -236,11 +236,13 @@ def test_a_kill_costs_at_most_the_increment_it_interrupts_and_blocks_nobody() ->
             break
 
     for i in range(2):
+        lock = a.lock((i, 0))
         try:
-            a.lock((i, 0)).acquire(timeout=LONG_S)
+            assert lock.acquire(timeout=LONG_S)
         except shared.AbandonedLockError:
             told.add(1)
-            assert a.lock((i, 0)).acquire(timeout=LONG_S)
+            assert lock.acquire(timeout=LONG_S)
+        lock.release()
     surplus = a - done.sum(axis=0)[:, None]  # of each element: increments that were interrupted after it
     assert surplus.min() >= 0, "what was counted is there"
     assert 0 < told.value <= kills + workers
