@@ -10,7 +10,7 @@ Never put here: what a step is, how many there are, buffers that swap.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -29,12 +29,13 @@ Requires = Callable[[int, int], tuple[int, int]]
 class Spans:
     """Which bytes of a buffer the tasks of a layer touch: task i all, or part, of [lows[i], highs[i])."""
 
-    __slots__ = ("highs", "highs_before", "lows", "lows_behind")
+    __slots__ = ("covered", "highs", "highs_before", "lows", "lows_behind")
 
     def __init__(self, lows: Sequence[int], highs: Sequence[int]) -> None:
         self.lows, self.highs = list(lows), list(highs)
         self.highs_before = list(accumulate(self.highs, max))  # ascending: of tasks up to this one
         self.lows_behind = list(accumulate(reversed(self.lows), min))[::-1]  # ascending: of this task and those behind
+        self.covered = _merged(zip(self.lows, self.highs, strict=True))
 
     def meeting(self, low: int, high: int) -> tuple[int, int]:
         """Return the smallest range that holds every task that touches [low, high); an empty one when there is none."""
@@ -98,9 +99,10 @@ def chain(steps: Sequence[Step]) -> Plan:
             layers.append(replace(layer, reads=reads, writes=writes, names=names, dependencies=tuple(dependencies)))
         for buffer, now in touched.items():
             before = uses.get(buffer)
-            if before is None or now.writers:  # who comes later waits for these, and they waited for those before
-                uses[buffer] = now
+            if before is None or _cover(now.writers, buffers[buffer].nbytes):
+                uses[buffer] = now  # who comes later waits for these writers, and they waited for those before
             else:
+                before.writers += now.writers
                 before.readers += now.readers
     plans = [step.plan for step in steps]
     return Plan(
@@ -111,6 +113,24 @@ def chain(steps: Sequence[Step]) -> Plan:
         keep=tuple(plan.keep for plan in plans),
         pickles=pickles if len(pickles) == sum(layer.place == "worker" for layer in layers) else {},
     )
+
+
+def _merged(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges [low, high) joined where they meet, ascending."""
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(pieces):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(high, joined[-1][1])
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def _cover(writers: list[tuple[int, Spans | None]], nbytes: int) -> bool:
+    """Return whether whoever touches any of the bytes waits for one of ``writers`` that has waited for the same bytes."""
+    if any(spans is None for _, spans in writers):
+        return True  # for a whole layer, which waited for whole layers
+    return _merged(piece for _, spans in writers if spans is not None for piece in spans.covered)[:1] == [(0, nbytes)]
 
 
 def _wait(after: dict[int, list[Requires] | None], others: list[tuple[int, Spans | None]], mine: Spans | None) -> None:
