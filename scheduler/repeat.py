@@ -165,11 +165,17 @@ def _all_of(each: list[Requires]) -> Requires:
 class Prepared:
     """A plan bound in this thread, to be run again and again: each time costs what its kernels do, and a microsecond or two.
 
-    For small work, and not for layers in place: who is cut short does not learn what was done. A context manager.
+    For small work, and not for layers in place: who is cut short does not learn what was done. All temporaries live as long as it does.
+    ``beside``: the same plan on other buffers, prepared in this thread, which lends its temporaries and its room: they take turns, and
+    who waited for room that the same thread holds would wait for ever. A context manager.
     """
 
-    def __init__(self, host: Host, plan: Plan) -> None:
+    def __init__(self, host: Host, plan: Plan, beside: Prepared | None = None) -> None:
         assert not any(layer.in_place for layer in plan.layers)
+        if beside is not None:
+            lent = beside.running.addresses
+            buffers = tuple(replace(b, address=lent[k]) if b.address is None else b for k, b in enumerate(plan.buffers))
+            plan = replace(plan, buffers=buffers, scratch_nbytes=0)
         self.plan = plan
         self.running = Running(host, plan, Outcome())
         try:

@@ -333,11 +333,10 @@ class _Loop:
     def _places_to_run(self) -> tuple[str, ...]:
         """Return where steps may run, what is tried first first: "here" is this thread."""
         plan = self.looking.step.plan
-        if self.scheduler == "synchronous" or self.pool.workers == 0:
-            return ("here",)
-        if self.scheduler is not None or plan.isolated or not 0 <= plan.cost_nbytes() <= SMALL_NBYTES:
+        is_here = self.scheduler == "synchronous" or self.pool.workers == 0
+        if plan.isolated or not 0 <= plan.cost_nbytes() <= SMALL_NBYTES or not (is_here or self.scheduler is None):
             return ("pool",)
-        return ("here", "pool")
+        return ("here",) if is_here else ("here", "pool")
 
     def _batch(self) -> tuple[str, int]:
         """Return where the next steps run, and how many of them at once."""
@@ -517,7 +516,7 @@ class _Loop:
                 with contextlib.suppress(Exception):  # a class that takes no notes
                     error.add_note(f"{where} of iterate() at {self.line}")
                 for storage in begun if self.is_touched else ():
-                    if count > 1 or storage not in self.fields:  # one step leaves the state before it as it was
+                    if storage not in self.fields or (place == "pool" and count > 1):  # one step leaves the state before it as it was
                         why = f"It was a buffer of iterate() at {self.line}, which {type(error).__name__} ended {where}."
                         storage.tear(dict.fromkeys(range(math.prod(storage.counts)), why))
                 raise
@@ -547,7 +546,8 @@ class _Loop:
         self.plans[whole] = plan  # the latest last
         while len(self.plans) > KEPT_PLANS:
             del self.plans[next(iter(self.plans))]
-        if not plan.layers:
+        if not plan.layers:  # fields change places, or nothing does
+            self.fields = fields
             return Report()
         # Where Ctrl-C leaves tasks behind that still run, these keep, and lock, what they write until they end.
         locks = lock_requests(use for use in uses if not use[0].is_shared)
@@ -573,19 +573,26 @@ class _Loop:
                 key = (looks, *(id(s) for s in fields))
                 found = prepared.get(key)
                 if found is None:
+                    if looks and self.looks:  # another plan, and the last: it takes the room of the others
+                        for one, _ in prepared.values():
+                            warned.update(dict.fromkeys(one.report().warnings))
+                        prepared.clear()
+                        stack.close()
                     targets, after = self._next(fields)
                     step = self._bound(self.looking if looks else self.plain, fields, targets, 0)
-                    found = prepared[key] = stack.enter_context(Prepared(self.pool, step.plan)), after
-                one, fields = found
+                    beside = next((one for one, _ in prepared.values()), None)
+                    found = prepared[key] = stack.enter_context(Prepared(self.pool, step.plan, beside)), after
+                one, after = found
                 if self.used:
                     values = self.values.at(first + position)
                     for k in self.used:
                         slots[k][...] = values[k]
                 self.is_touched = True
                 one.run()
+                self.fields = fields = after
+                self.is_touched = False
             for one, _ in prepared.values():
                 warned.update(dict.fromkeys(one.report().warnings))
-        self.fields = fields
         return Report(tuple(warned))
 
 

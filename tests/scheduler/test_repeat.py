@@ -357,3 +357,24 @@ def test_what_cannot_be_bound_gives_back_what_was_taken(pool: Pool) -> None:
         Prepared(pool, plan)
     assert pool.statistics().temporary_nbytes == 0
     pool.check()
+
+
+def test_the_same_plan_on_other_buffers_takes_no_more_room(pool: Pool) -> None:
+    limit = pool.statistics().limit_nbytes
+    ends = [pool.allocate(4) for _ in range(2)]
+    layers = (layer("a", 4, (), (0,), kernel=Fill(0)), layer("b", 4, (0,), (1,), kernel=Fill(1)))
+
+    def plan(k: int) -> Plan:
+        return Plan(buffers=(Buffer(limit // 2), Buffer(4, ends[k].address)), layers=layers, scratch_nbytes=limit // 8)
+
+    windows = [pool.arena.bytes[end.offset : end.offset + 4] for end in ends]
+    for window in windows:
+        window[:] = 0
+    with Prepared(pool, plan(0)) as one, Prepared(pool, plan(1), one) as other:  # twice is more than there is: it would wait for itself
+        reserved = pool.statistics().temporary_nbytes
+        for _ in range(3):
+            one.run()
+            other.run()
+    assert limit // 2 <= reserved < limit
+    assert [bytes(window) for window in windows] == [bytes([3] * 4)] * 2
+    assert pool.statistics().temporary_nbytes == 0

@@ -1,0 +1,152 @@
+"""Workers killed again and again while a simulation runs, and Ctrl-C at random moments of one: the same bits, or an array that says so.
+
+Never put here: what simulations compute (`tests/shmarray/test_iterate.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Outcome
+
+import shmarray as sa
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def heat(u: Any) -> Any:
+    v = u.copy()
+    v[1:-1, 1:-1] += 0.2 * (u[2:, 1:-1] + u[:-2, 1:-1] + u[1:-1, 2:] + u[1:-1, :-2] - 4 * u[1:-1, 1:-1])
+    return v
+
+
+def wave(u: Any, before: Any) -> Any:
+    return 2 * u - before + 0.1 * (np.roll(u, 1, 0) + np.roll(u, -1, 0) - 2 * u) - 1e-3 * u.mean(), u
+
+
+def noisy(u: Any) -> Any:
+    return heat(u) + 0.1 * sa.random.default_rng(3).standard_normal(u.shape)
+
+
+class Killer:
+    """Kills a worker of a pool again and again, each time at an instant of its own, once the pool has another one."""
+
+    def __init__(self, pool: sa.Pool, seed: int) -> None:
+        self.pool, self.rng = pool, random.Random(seed)
+        self.ended = threading.Event()
+        self.kills = 0
+        self.thread = threading.Thread(target=self.kill)
+
+    def kill(self) -> None:
+        while not self.ended.wait(self.rng.random() * 0.05):
+            pids = self.pool.statistics().pids
+            if pids:
+                try:
+                    os.kill(self.rng.choice(pids), signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+                self.kills += 1
+
+    def __enter__(self) -> Killer:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+@pytest.mark.parametrize(("step", "nfields"), [(heat, 1), (wave, 2), (noisy, 1)])
+def test_killed_workers_change_no_bit(small_grids: Callable[..., Any], step: Callable[..., Any], nfields: int) -> None:
+    state = [np.random.default_rng(k).random((60, 50)) for k in range(nfields)]
+    steps = 1000
+    with small_grids(TILE_ITEMS=300, BLOCK_ITEMS=100, REDUCTION_TILE_ITEMS=300):
+        with sa.Pool(workers=0):
+            found = sa.iterate(step, *state, steps=steps)
+            expected = [np.array(x) for x in (found if nfields > 1 else (found,))]
+        with sa.Pool(workers=2, memory_limit="64MiB") as pool:
+            u = tuple(map(sa.array, state))
+            done = kills = 0
+            for seed in range(4):  # each time on what the one before has left
+                with Killer(pool, seed) as killer:
+                    found = sa.iterate(step, *u, steps=steps // 4, start=done, scheduler="processes", out=u)
+                done += steps // 4
+                kills += killer.kills
+            for one, other in zip(u, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert pool.statistics().starts >= 3
+            print(f"{step.__name__}: {kills} kills in {steps} steps")
+            assert kills >= 3
+
+
+CTRL_C = """
+import random
+rng = random.Random({seed})
+
+def heat(u):
+    v = u.copy()
+    v[1:-1] += 0.25 * (u[2:] - 2 * u[1:-1] + u[:-2])
+    return v
+
+def press(delay_s, ended):
+    if not ended.wait(delay_s):
+        os.kill(os.getpid(), signal.SIGINT)
+
+hits = 0
+x = np.random.default_rng(0).random(600_000)
+with sa.Pool(workers=2, memory_limit="256MiB") as pool:
+    u = sa.array(x)
+    sa.iterate(heat, x, steps=5, scheduler={scheduler!r})
+    began = time.monotonic()
+    sa.iterate(heat, x, steps=40, scheduler={scheduler!r})
+    usual = time.monotonic() - began
+    for number in range(12):
+        u[...] = x
+        ended = threading.Event()
+        presser = threading.Thread(target=press, args=(rng.random() * usual, ended))
+        try:
+            presser.start()
+            sa.iterate(heat, u, steps=40, scheduler={scheduler!r}, out=u)
+            ended.set()
+            presser.join()
+        except KeyboardInterrupt:
+            hits += 1
+            ended.set()
+            presser.join()
+        try:
+            values = np.asarray(u)
+        except sa.TornChunkError as error:
+            assert "iterate() at" in str(error), error
+        else:
+            y = x.copy()
+            for _ in range(41):
+                if np.array_equal(y, values):
+                    break
+                z = y.copy()
+                z[1:-1] += 0.25 * (y[2:] - 2 * y[1:-1] + y[:-2])
+                y = z
+            else:
+                raise AssertionError("the values of no step")
+            del values
+        u[...] = 1.0  # waits for tasks that were left behind
+        assert float(u.min()) == float(u.max()) == 1.0
+    wait_until(lambda: pool._reserved_nbytes() == 0, "the end of what was interrupted")
+    pool.check()
+    del u
+del pool
+print(hits > 2)
+check_nothing_left()
+"""
+
+
+@pytest.mark.parametrize("scheduler", ["processes", "threads", "synchronous"])
+def test_ctrl_c_at_random_moments_of_a_simulation(script: Callable[..., Outcome], scheduler: str) -> None:
+    out = script(CTRL_C.format(seed=len(scheduler), scheduler=scheduler))
+    assert out.lines[-1] == "True"
