@@ -177,7 +177,7 @@ class Prepared:
             buffers = tuple(replace(b, address=lent[k]) if b.address is None else b for k, b in enumerate(plan.buffers))
             plan = replace(plan, buffers=buffers, scratch_nbytes=0)
         self.plan = plan
-        self.running = Running(host, plan, Outcome())
+        self.running: Running = Running(host, plan, Outcome())
         try:
             redo = Redo(memoryview(bytearray(8)).cast("q"), 0)
             self.bound: list[Callable[[int], None]] = []

@@ -5,6 +5,7 @@ Never put here: what simulations compute (`tests/shmarray/test_iterate.py`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -36,31 +37,28 @@ def noisy(u: Any) -> Any:
 
 
 class Killer:
-    """Kills a worker of a pool again and again, each time at an instant of its own, once the pool has another one."""
+    """Kills a worker of a pool some instant after each frame, if it has been there for two: a new one has joined by then."""
 
     def __init__(self, pool: sa.Pool, seed: int) -> None:
         self.pool, self.rng = pool, random.Random(seed)
-        self.ended = threading.Event()
+        self.seen: dict[int, int] = {}  # pid -> frames
+        self.timers: list[threading.Timer] = []
         self.kills = 0
-        self.thread = threading.Thread(target=self.kill)
 
-    def kill(self) -> None:
-        while not self.ended.wait(self.rng.random() * 0.05):
-            pids = self.pool.statistics().pids
-            if pids:
-                try:
-                    os.kill(self.rng.choice(pids), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-                self.kills += 1
+    def __call__(self, frame: sa.Frame) -> None:
+        pids = self.pool.statistics().pids
+        self.seen = {pid: self.seen.get(pid, 0) + 1 for pid in pids}
+        old = [pid for pid, frames in self.seen.items() if frames > 2]
+        if old:
+            victim = self.rng.choice(old)
+            del self.seen[victim]
+            self.timers.append(threading.Timer(self.rng.random() * 0.02, self.kill, (victim,)))
+            self.timers[-1].start()
 
-    def __enter__(self) -> Killer:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
+    def kill(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.kills += 1
 
 
 @pytest.mark.parametrize(("step", "nfields"), [(heat, 1), (wave, 2), (noisy, 1)])
@@ -73,17 +71,14 @@ def test_killed_workers_change_no_bit(small_grids: Callable[..., Any], step: Cal
             expected = [np.array(x) for x in (found if nfields > 1 else (found,))]
         with sa.Pool(workers=2, memory_limit="64MiB") as pool:
             u = tuple(map(sa.array, state))
-            done = kills = 0
-            for seed in range(4):  # each time on what the one before has left
-                with Killer(pool, seed) as killer:
-                    found = sa.iterate(step, *u, steps=steps // 4, start=done, scheduler="processes", out=u)
-                done += steps // 4
-                kills += killer.kills
+            killer = Killer(pool, nfields)
+            sa.iterate(step, *u, steps=steps, scheduler="processes", out=u, every=40, callback=killer)
+            for timer in killer.timers:
+                timer.join()
             for one, other in zip(u, expected, strict=True):
                 np.testing.assert_array_equal(one, other)
-            assert pool.statistics().starts >= 3
-            print(f"{step.__name__}: {kills} kills in {steps} steps")
-            assert kills >= 3
+            print(f"{step.__name__}: {killer.kills} kills in {steps} steps")
+            assert killer.kills >= 3
 
 
 CTRL_C = """
