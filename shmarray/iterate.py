@@ -552,7 +552,12 @@ class _Loop:
         # Where Ctrl-C leaves tasks behind that still run, these keep, and lock, what they write until they end.
         locks = lock_requests(use for use in uses if not use[0].is_shared)
         held = [storage.address(self.pool)[1] for storage, _, _ in uses]
-        plan = replace(plan, locks=locks, keep=(*plan.keep, held, self.look_places, self.scalar_places, self.copies))
+        plan = replace(
+            plan,
+            locks=locks,
+            keep=(*plan.keep, held, self.look_places, self.scalar_places, self.copies),
+            task_timeout_s=config.task_timeout,
+        )
         outcome = Outcome()
         try:
             report = self.pool.run(plan, self.scheduler, outcome)

@@ -81,6 +81,20 @@ def test_killed_workers_change_no_bit(small_grids: Callable[..., Any], step: Cal
             assert killer.kills >= 3
 
 
+def test_a_step_that_hangs_is_ended_by_the_task_timeout() -> None:
+    def hangs(block: Any) -> Any:
+        if block[0] == 3:
+            threading.Event().wait(600)
+        return block + 1
+
+    with sa.Pool(workers=2, memory_limit="64MiB"), sa.config.set(task_timeout=0.3):
+        u = sa.array(np.zeros(4), chunks=2)
+        with pytest.raises(sa.WorkerDied, match=r"hangs.*task_timeout of 0\.3 s") as caught:
+            sa.iterate(lambda u: u.map_blocks(hangs, dtype=float), u, steps=6, scheduler="processes")
+        assert any("of iterate() at" in note for note in caught.value.__notes__)
+        assert np.asarray(sa.iterate(lambda u: u + 1, u, steps=6)).tolist() == [6.0] * 4
+
+
 CTRL_C = """
 import random
 rng = random.Random({seed})
