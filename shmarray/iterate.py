@@ -155,7 +155,7 @@ def iterate(
     ...     return v
     >>> u = sa.iterate(heat, u, steps=200)
     >>> float(u.sum().compute().round(6)), int(u.argmax().compute())
-    (0.999528, 50)
+    (0.999999, 50)
     """
     if not callable(step):
         raise TypeError(f"iterate() takes the function of a step first, got {type(step).__name__}: {step!r:.80}")
