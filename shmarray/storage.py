@@ -320,10 +320,12 @@ class Storage:
     def exchange(self, other: Storage, line: str) -> bool:
         """Have each the bytes of the other, with the views lent out over them; False, and nothing done, where that cannot be.
 
-        It is a write of this array, at the user's line. Both have one shape and dtype; the caller holds its write locks, and nobody else
-        knows of the other.
+        It is a write of both, at the user's line. They have one shape and dtype; the caller holds this one's write locks, and nobody
+        who still cares for its values knows of the other.
         """
-        if self.pool is not other.pool or self.is_shared or other.is_shared or self._windows or other._windows:
+        if self.pool is not other.pool or self.is_shared or other.is_shared:
+            return False
+        if self._windows or other._windows or self.torn or other.torn:
             return False
         first, second = sorted((self, other), key=lambda storage: storage.identity)
         with first._mutex, second._mutex:
@@ -332,6 +334,7 @@ class Storage:
             self.extent, other.extent = other.extent, self.extent
             self._leases, other._leases = other._leases, self._leases
             self._note(self.layout, line)
+            other._note(other.layout, line)
             return True
 
     def changed_since(self, version: int, layout: Layout) -> str | None:
