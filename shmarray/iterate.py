@@ -134,7 +134,7 @@ def iterate(
     callback : called here with a `Frame`, every ``every`` steps and after the last. The simulation waits for it.
     observe : by name, functions as ``until`` is one, whose results are computed with the step and given to ``callback``.
     scalars : by name, numbers that vary by step: a sequence (one for each step) or a function of the number of the step (``start`` for
-        the first). Floats have the precision of the state. ``step`` is given them by name, as arrays without axes.
+        the first). Python's numbers take the dtype of the state, as in NumPy. ``step`` is given them by name, as arrays without axes.
     start : the number of the first step. A run that goes on from a checkpoint continues exactly.
     out : stored arrays (one, or a tuple) for the result, which may be those of the state: their memory is then one of the two sets.
     scheduler : "processes", "threads" or "synchronous"; None: the first, or, where a step is tiny, this thread.
@@ -607,15 +607,18 @@ class _Scalars:
     def __init__(self, given: Mapping[str, Any], kind: np.dtype[Any], start: int) -> None:
         self.names = tuple(given)
         self.given = tuple(given.values())
-        weak = np.result_type(kind, 0.0)  # a Python float beside arrays of the state
         self.dtypes = [np.dtype(np.int64)]
         for name, value in given.items():
             if not callable(value) and np.ndim(value) != 1:
                 raise TypeError(f"iterate(scalars={{{name!r}: ...}}) takes a function of the step's number, or one number for each step")
-            sample = np.asarray(value(start) if callable(value) else value)
-            if callable(value) and sample.ndim:
-                raise TypeError(f"iterate(scalars={{{name!r}: ...}}) gave an array of shape {sample.shape} for a step; it takes one number")
-            self.dtypes.append(sample.dtype if sample.dtype.kind != "f" or isinstance(value, np.ndarray) else weak)
+            sample: Any = value(start) if callable(value) else value if isinstance(value, np.ndarray) else next(iter(value), 0.0)
+            if callable(value) and np.ndim(sample):
+                raise TypeError(
+                    f"iterate(scalars={{{name!r}: ...}}) gave an array of shape {np.shape(sample)} for a step; it takes one number"
+                )
+            # Python's numbers have the dtype that they would have beside arrays of the state.
+            is_weak = isinstance(sample, (int, float, complex)) and not isinstance(sample, bool)
+            self.dtypes.append(np.result_type(kind, sample) if is_weak else np.asarray(sample).dtype)
 
     def at(self, step: int) -> list[Any]:
         """Return the numbers of a step."""

@@ -394,6 +394,13 @@ def test_python_floats_and_scalars_leave_float32_alone() -> None:
     np.testing.assert_array_equal(found, loop(lambda u: u * 0.5 + np.float32(0.1), x, steps=3))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "c8", "i2"])
+def test_python_numbers_take_the_dtype_of_the_state(dtype: str) -> None:
+    found = sa.iterate(lambda u, n: u + n, np.ones(3, dtype), steps=4, scalars={"n": lambda k: k})
+    assert found.dtype == dtype
+    assert found.compute().tolist() == [7, 7, 7]
+
+
 def test_scalars_that_run_out_say_so() -> None:
     with pytest.raises(IndexError, match=r"'dt'.*has 2 numbers, and none for step 2"):
         sa.iterate(lambda u, dt: u * dt, np.ones(3), steps=5, scalars={"dt": [1.0, 2.0]})
