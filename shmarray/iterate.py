@@ -611,7 +611,8 @@ class _Scalars:
         for name, value in given.items():
             if not callable(value) and np.ndim(value) != 1:
                 raise TypeError(f"iterate(scalars={{{name!r}: ...}}) takes a function of the step's number, or one number for each step")
-            sample: Any = value(start) if callable(value) else value if isinstance(value, np.ndarray) else next(iter(value), 0.0)
+            # Of a list the first number, as it is beside the others: of 1 and 0.5 it is 1.0.
+            sample: Any = value(start) if callable(value) else value if isinstance(value, np.ndarray) else np.asarray([*value, 0])[0].item()
             if callable(value) and np.ndim(sample):
                 raise TypeError(
                     f"iterate(scalars={{{name!r}: ...}}) gave an array of shape {np.shape(sample)} for a step; it takes one number"
