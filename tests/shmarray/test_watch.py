@@ -581,9 +581,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     for name in ("rich.progress", "tqdm.auto"):
         monkeypatch.setitem(sys.modules, name, None)
     made = Terminal()
-    monkeypatch.setattr(sys, "stderr", made.out)
     make = watching.Meter
-    monkeypatch.setattr(watching, "Meter", lambda total, unit: make(total, unit, minimum=0.0, dt=0.01))
+    monkeypatch.setattr(watching, "Meter", lambda total, unit: make(total, unit, minimum=0.0, dt=0.01, out=made.out))
     yield made
     made.close()
 
