@@ -35,6 +35,7 @@ from shmarray.errors import TornChunkError
 from shmarray.expr import Expr, Foreign, View, make
 from shmarray.handle import in_memory, wrap
 from shmarray.packing import FIRST_REGISTERED, register
+from shmarray.region import IndexMap
 from shmarray.shared_memory import SharedArray, _tuples, allocate, lease_of, over
 
 __all__ = ["Published", "Publisher", "Seqlocks", "cell_sizes", "snapshots"]
@@ -263,7 +264,7 @@ class Publisher:
 
 def _copy(locks: Seqlocks, cell: int, step: int, values: NDArray, target: NDArray, box: Box) -> None:
     locks.begin(cell)
-    part = (*box, ...)  # without the dots an array without axes would give a number
+    part: Any = (*box, ...)  # without the dots an array without axes would give a number
     np.copyto(target[part], values[part])
     locks.end(cell, step)
 
@@ -382,12 +383,13 @@ def snapshots(nodes: Iterable[Expr], roots: Iterable[Expr]) -> dict[Expr, Expr]:
         moved = [slice(s.start + o, s.stop + o) for s, o in zip(box, node.origin, strict=True)]
         needed[node].update(node.source._entry.touched(moved).tolist())
 
-    for node in [*roots, *(x for n in nodes if not isinstance(n, View) for x in n.inputs)]:
-        if node in needed and isinstance(node, Foreign):
-            need(node, (slice(0, n) for n in node.shape))
-    for node in nodes:
-        if isinstance(node, View) and node.x in needed and isinstance(node.x, Foreign) and node.size:
-            need(node.x, _box_of(node))
+    for x in [*roots, *(x for n in nodes if not isinstance(n, View) for x in n.inputs)]:
+        map: IndexMap | None = None
+        while isinstance(x, View):
+            map = x.map if map is None else map.after(x.map)
+            x = x.x
+        if isinstance(x, Foreign) and x in needed and x.size:
+            need(x, [slice(0, n) for n in x.shape] if map is None else _box_of(map))
     groups: dict[tuple[int, bool], list[Foreign]] = {}
     for node in fields:
         groups.setdefault((id(node.source._board.lease), node.source.is_consistent), []).append(node)
@@ -400,10 +402,12 @@ def snapshots(nodes: Iterable[Expr], roots: Iterable[Expr]) -> dict[Expr, Expr]:
     return found
 
 
-def _box_of(view: View) -> list[slice]:
+def _box_of(map: IndexMap) -> list[slice]:
     """Return the box of its input that a view looks at."""
-    low, high = list(view.map.offsets), list(view.map.offsets)
-    for n, (axis, step) in zip(view.map.shape, view.map.axes, strict=True):
+    low, high = list(map.offsets), list(map.offsets)
+    if 0 in map.shape:
+        return [slice(0, 0)] * len(low)
+    for n, (axis, step) in zip(map.shape, map.axes, strict=True):
         if axis >= 0:
             low[axis] = min(low[axis], low[axis] + step * (n - 1))
             high[axis] = max(high[axis], high[axis] + step * (n - 1))
@@ -474,7 +478,8 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
 def _copied(board: _Board, lock: Seqlocks, entry: _Entry, cell: int, result: NDArray) -> int:
     """Copy a cell, whole, into its place in ``result``, and return the step it is of."""
     box = entry.box(cell)
-    source, target = np.asarray(board.values(entry))[(*box, ...)], result[(*box, ...)]
+    part: Any = (*box, ...)
+    source, target = np.asarray(board.values(entry))[part], result[part]
     until_s = math.inf
     while True:
         step = lock.read(cell, lambda: np.copyto(target, source))
