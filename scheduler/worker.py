@@ -250,6 +250,8 @@ class _Process:
         self.memory: Memory
         self.kernels = KernelCache()
         self.bound: dict[tuple[int, int], tuple[Callable[[int], None] | None, dict[Warned, None], list[bytes]]] = {}
+        # By plan, digest and addresses: layers that call one kernel on the same bytes, as every other step of a chain does, are bound once.
+        self.alike: dict[tuple[int, Any, tuple[Any, ...]], tuple[Callable[[int], None], dict[Warned, None], list[bytes]]] = {}
 
     def receive(self) -> Any:
         """Wait for a message; None when the driver has closed its end."""
@@ -288,6 +290,8 @@ class _Process:
             for old in forget:
                 for key in [k for k in self.bound if k[0] == old]:
                     del self.bound[key]
+                for same in [k for k in self.alike if k[0] == old]:
+                    del self.alike[same]
             if path is not None:
                 self.move_to(*path)
             self.run(run_id, plan_id, layer, start, stop, step, setup)
@@ -373,6 +377,10 @@ class _Process:
             if blob is not None:
                 self.kernels.put(digest, len(blob), [blob, None])
             entry = self.kernels.use(digest)
+            same = plan_id, digest, tuple(sorted(addresses.items()))
+            if same in self.alike:
+                self.bound[key] = self.alike[same]
+                return self.alike[same]
             # Kept for the next range: a bind that fails must fail again in the same way, with the same setup.
             self.bound[key] = None, {}, []
             if entry[1] is None:
@@ -385,7 +393,7 @@ class _Process:
             warned: dict[Warned, None] = {}
             answers: list[bytes] = []
             context = TaskContext(self.memory, {b: Address(*a) for b, a in addresses.items()}, warned, self.redo, answers)
-            self.bound[key] = entry[1].bind(context), warned, answers
+            self.bound[key] = self.alike[same] = entry[1].bind(context), warned, answers
         function, warned, answers = self.bound[key]
         if function is None:
             raise TaskError("the function of this layer could not be loaded in this worker, as an earlier error says")

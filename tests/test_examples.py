@@ -22,6 +22,11 @@ CASES = {  # file -> (arguments, the packages it needs, what it must print)
     "shared_search.py": (("--small",), (), "dynamic programming finds the same value"),
     "galaxies.py": ((), ("skimage", "matplotlib"), "scikit-image finds the same"),
     "image_pipeline.py": ((), ("skimage",), "one frame after the other"),
+    "heat_equation.py": (("--small",), (), "the largest difference from the solution of the difference equations"),
+    "gray_scott.py": (("--small",), (), "the first 100 steps agree with NumPy"),
+    "wave.py": (("--small",), (), "the largest difference from the solution by Fourier transforms"),
+    "lattice_boltzmann.py": (("--small",), (), "and stays so to"),
+    "ensemble.py": (("--small",), (), "agree with NumPy"),
 }
 MARK = "SHMARRAY_TEST_RUN"  # an environment variable that all descendants of a run inherit
 

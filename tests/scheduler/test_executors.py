@@ -182,6 +182,39 @@ def test_the_drivers_private_memory_is_reached(pool: Pool, executor: str) -> Non
     assert (target == source).all()
 
 
+class CountsBinds:
+    """Adds one to the first buffer's first item at each bind, and i to its second for task i."""
+
+    def bind(self, context: Context) -> Callable[[int], None]:
+        array: Any = context.memory.window(context.addresses[0], 0, (2,), (8,), INT)
+        array[0] += 1
+
+        def add(i: int) -> None:
+            array[1] += i
+
+        return add
+
+
+def test_layers_that_call_one_kernel_on_the_same_bytes_are_bound_once_and_run_each() -> None:
+    with Pool(1, memory_limit="64 MiB") as pool:
+        _one, first, ones = stored(pool, 2)
+        _two, second, twos = stored(pool, 2)
+        layers = tuple(
+            Layer(
+                name=f"step {n}",
+                kernel=CountsBinds(),
+                ntasks=3,
+                writes=(n % 2,),
+                names=((0, n % 2),),
+                dependencies=(Dependency(n - 1, None),) if n else (),
+            )
+            for n in range(6)
+        )
+        for runs in (1, 2):  # another run binds anew: its bytes may be others
+            pool.run(Plan(buffers=(first, second), layers=layers), "processes")
+            assert (ones.tolist(), twos.tolist()) == ([runs, 9 * runs], [runs, 9 * runs])
+
+
 def test_kernel_warnings_are_reported_once(pool: Pool, executor: str) -> None:
     report = pool.run(Plan(buffers=(), layers=(Layer(name="warns", kernel=Warns(), ntasks=50),)), executor)
     assert list(report.warnings) == [("RuntimeWarning", "divide by zero", "script.py:7")]
