@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from sys import is_finalizing
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -76,7 +77,7 @@ class _Ticket:
         self.wanted = wanted
         self.os_lock = os_lock
         self.is_granted = False
-        self.lost: _Lost | None = None  # kept here, for a weak reference that is gone calls nobody
+        self.lost: tuple[_Lost, weakref.ref[Hold]] | None = None  # kept here, for a weak reference that is gone calls nobody
         self.wake: threading.Lock | None = None  # made, and locked, by the thread that has to wait; unlocked by the grant
 
 
@@ -92,9 +93,11 @@ class Hold:
         self.owner = ticket.owner.ident
         self._locks = locks
         self._ticket: _Ticket | None = ticket
+        # The youngest is called first: by then it is in the queue, and if Ctrl-C strikes in the other, it stays there.
+        after = weakref.ref(self, locks._look_after)
         lost = _Lost(self, locks._released.append)
         lost.ticket = ticket
-        ticket.lost = lost
+        ticket.lost = lost, after
 
     @property
     def is_released(self) -> bool:
@@ -128,8 +131,8 @@ class _Lost(weakref.ref[Hold]):
 
     A weak reference whose callback is the C function `deque.append`, and not a ``__del__``: the garbage collector runs it
     wherever it likes, also in the middle of any function below, so it must wait for no lock; and Ctrl-C that strikes as a
-    function written in Python begins would be swallowed there, and the cells locked for ever. The next call that takes or gives
-    back anything, or else a waiting thread that looks again, does the rest.
+    function written in Python begins would be swallowed there, and the cells locked for ever. A second reference then calls
+    `CellLocks._look_after`, which does the rest, unless somebody is inside, who does it on leaving.
     """
 
     __slots__ = ("ticket",)
@@ -151,6 +154,9 @@ class Crowd(Protocol):
 
     def say_waits(self, waits: bool) -> None:
         """Tell that the calling thread does, or does not any more."""
+
+    def settled(self) -> None:
+        """Hear that cells of this process may have been given back. Called from finalizers, too: it waits for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +196,12 @@ class CellLocks:
 
     def _start_anew(self) -> None:
         """Make an empty table; in a forked child, where neither the holding threads nor the byte locks of the parent exist."""
-        # Guards every field here but _released. Re-entrant, as the garbage collector may run a finalizer that releases a Hold
-        # (a generator suspended in a `with`) while this thread is inside; `_changing` tells that call to leave the work to the
-        # frame below it.
+        # Guards every field here but _released and _is_awaited. Re-entrant, as the garbage collector may run a finalizer that
+        # releases a Hold (a generator suspended in a `with`) while this thread is inside; `_changing` tells that call to leave the
+        # work to the frame below it.
         self._mutex = threading.RLock()
         self._changing = False
+        self._is_awaited = False  # whether somebody waits for an extent to be held no more; set without the mutex
         self._granted: dict[int, dict[_Ticket, Runs]] = {}  # extent -> tickets, none of them empty
         self._waiting: dict[_Ticket, None] = {}  # in order of arrival
         self._contended = 0
@@ -219,7 +226,8 @@ class CellLocks:
                     base, self._next_base = self._next_base, self._next_base + CELLS_PER_EXTENT
                     assert self._next_base <= LAST_BYTE, "2**30 extents have os locks at once"
                 self._bases[extent] = base
-            return base
+        self._look_after()
+        return base
 
     def place(self, extent: int, base: int) -> None:
         """Use, for an extent that another process shares, the bytes from that process's ``base``."""
@@ -230,6 +238,7 @@ class CellLocks:
                     f"extent before it is locked, and once."
                 )
             self._next_base = max(self._next_base, base + CELLS_PER_EXTENT)
+        self._look_after()
 
     def forget(self, extent: int) -> None:
         """Let the bytes of an extent that is gone be used for another."""
@@ -242,6 +251,7 @@ class CellLocks:
         with self._mutex:
             self._owned[extent] = gone
             self._forget_gone()
+        self._look_after()
 
     def _forget_gone(self) -> None:
         if self._changing:
@@ -316,21 +326,37 @@ class CellLocks:
         Raises BlockingIOError when it is held, or wanted, here or elsewhere, and calls nothing then. The extent is one that was placed.
         """
         fd, byte = self._fd, self._bases[extent] + cell
-        for attempt in range(MOST_ATTEMPTS):
-            # The mutex stands in for a ticket: no other thread is granted the cell meanwhile.
-            with self._mutex:
-                if self._changing or self._released or extent in self._granted:
-                    raise BlockingIOError
-                try:
-                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-                    return do()
-                except BlockingIOError:
-                    if attempt == MOST_ATTEMPTS - 1:
-                        raise
-                finally:
-                    fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)  # if it was not taken, nothing of this process lies there
-            os.sched_yield()
+        try:
+            for attempt in range(MOST_ATTEMPTS):
+                # The mutex stands in for a ticket: no other thread is granted the cell meanwhile, and no finalizer grants it.
+                with self._mutex:
+                    if self._changing or self._released or extent in self._granted:
+                        raise BlockingIOError
+                    self._changing = True
+                    try:
+                        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+                        return do()
+                    except BlockingIOError:
+                        if attempt == MOST_ATTEMPTS - 1:
+                            raise
+                    finally:
+                        self._changing = False
+                        fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)  # if it was not taken, nothing of this process lies there
+                os.sched_yield()
+        finally:
+            if self._released or self._is_awaited:
+                self._look_after()
         raise AssertionError(extent)
+
+    def is_held(self, extent: int) -> bool:
+        """Return whether cells of an extent are held in this process, or were, by Holds that nobody keeps, and are not given back yet.
+
+        Of what nobody can lock any more False stays true; after True `Crowd.settled` is called when it may have changed. Waits for nothing.
+        """
+        if extent not in self._granted:
+            return False
+        self._is_awaited = True  # before looking again: whoever takes the last one out now sees it
+        return extent in self._granted
 
     def held_by_caller(self, extent: int, start: int, stop: int) -> str | None:
         """Return "w" when this thread holds all of the cells to write, "r" when it holds all of them somehow, else None."""
@@ -383,8 +409,7 @@ class CellLocks:
                 found = look()
             finally:
                 self._changing = before
-        if self._released:
-            self._settle()
+        self._look_after()
         return found
 
     def _owner(self) -> _Owner:
@@ -415,19 +440,45 @@ class CellLocks:
                     self._clear()
             finally:
                 self._changing = False
-            return ticket.is_granted
+            is_granted = ticket.is_granted
+        if self._released or self._is_awaited:
+            self._look_after()
+        return is_granted
 
     def _settle(self) -> None:
         """Take out what was released, and grant what became possible."""
         with self._mutex:
             if self._changing:
                 return  # from a finalizer: the frame below looks at the queue again before it leaves
-            self._changing = True
+            self._settle_inside()
+        if self._released or self._is_awaited:
+            self._look_after()
+
+    def _settle_inside(self) -> None:
+        self._changing = True
+        try:
+            while self._released:
+                self._clear()
+        finally:
+            self._changing = False
+
+    def _look_after(self, _: object = None) -> None:
+        """Take out what finalizers released, unless somebody is in here, who then does it as he leaves. Waits for nothing.
+
+        After the mutex was left, therefore, everybody calls this: a finalizer in another thread may have been turned away.
+        """
+        while self._released and not is_finalizing():
+            if not self._mutex.acquire(blocking=False):
+                return
             try:
-                while self._released:
-                    self._clear()
+                if self._changing:
+                    return
+                self._settle_inside()
             finally:
-                self._changing = False
+                self._mutex.release()
+        if self._is_awaited and self._crowd is not None:
+            self._is_awaited = False
+            self._crowd.settled()
 
     def _clear(self) -> None:
         """Take out what was released, then grant in order of arrival. Caller has set `_changing`, as for all that follow."""

@@ -183,7 +183,8 @@ def ask(name: str) -> tuple[bytes, int]:
             f"socket is swept now). Processes that had opened it go on. Start it again, with create=True. {others}"
         )
     raise FileNotFoundError(
-        f"opening store {name!r}: there is none. Looked for {looked}. {others} Make it with Store({name!r}, create=True)."
+        f"opening store {name!r}: there is none. Looked for {looked}. {others} Make it with "
+        f"Store({name!r}, create=True); with exist_ok=True beside it, whichever process comes first makes it and the others open it."
     )
 
 
@@ -324,7 +325,7 @@ class Server:
         with connection:
             raise FileExistsError(
                 f"creating store {name!r}: process {_peer(connection)[0]} has one of that name ({path}/{name}{SUFFIX}). Open that with "
-                f"Store({name!r}), or take another name."
+                f"Store({name!r}), either with Store({name!r}, create=True, exist_ok=True), or take another name."
             )
 
     def _serve(self) -> None:

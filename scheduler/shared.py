@@ -21,6 +21,7 @@ import fcntl
 import itertools
 import mmap
 import os
+import re
 import struct
 import threading
 import time
@@ -34,7 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
-from scheduler.errors import AbandonedLockError, HandleExpired, SharedMemoryError
+from scheduler.errors import AbandonedLockError, HandleExpired, LockError, SharedMemoryError
 from scheduler.limits import format_bytes
 from scheduler.locks import CELLS_PER_EXTENT, TURNSTILE, CellLocks, Hold, Runs, _merge
 from scheduler.ownership import INODES, MAGIC, NBYTES, TABLE_NBYTES, UUID, Table
@@ -68,6 +69,7 @@ NO_TOKEN = 0  # a nonce that no token has
 _TRAILER = struct.Struct("QQ")  # how many cells, how many bytes of meta
 LAST_BYTE = (1 << 63) - 1
 FLOCK = struct.Struct("hhqqi4x")
+EXTENT = re.compile(r"extent (\d+)")  # as errors of locks name it, one more than the object
 START_BITS = 40  # a pid has at most 22
 
 _segments: dict[int, Segment] = {}  # uuid -> what this process has mapped; they stay
@@ -358,7 +360,7 @@ class Segment:
         mutex = self._mutex
         if is_finalizing():  # half of Python is gone, and who ends lets go of everything
             return
-        while self._dropped:  # looked at again after the mutex was left: somebody may have been turned away meanwhile
+        while self._is_due():  # looked at again after the mutex was left: somebody may have been turned away meanwhile
             if not mutex.acquire(blocking=False):
                 return
             try:
@@ -368,11 +370,23 @@ class Segment:
             finally:
                 mutex.release()
 
+    def _is_due(self) -> bool:
+        """Return whether something was dropped that is not locked.
+
+        A lock that was dropped without being released is given back first, whatever order the garbage collector takes: else the next
+        object of that number would be born locked. `CellLocks._look_after` then calls `settled`.
+        """
+        return any(not self.locks.is_held(gone.key[0] + 1) for gone in self._dropped.copy())  # of C: no other thread comes between
+
     def _clear_dropped(self) -> None:
         """Clear the bytes of what was dropped; sweep at once when that is much, and the table is free. With the mutex."""
         dropped, nbytes = self._dropped, 0
-        while dropped:
+        for _ in range(len(dropped)):
             gone = dropped[0]  # taken off the queue last: done twice, it does no harm
+            if self.locks.is_held(gone.key[0] + 1):
+                dropped.append(gone)
+                dropped.popleft()
+                continue
             refs = self._refs.get(gone.key)
             if refs is not None and refs[0] is gone:  # else it was received again meanwhile
                 nbytes += self.table.extent(gone.key[0])[1]
@@ -433,6 +447,11 @@ class Segment:
         if self.row >= 0:
             self.table.say_waits(self.row, bool(self._waiting))
 
+    def settled(self) -> None:
+        """Let go of what could not be while cells of it were held."""
+        if self._dropped:
+            self._drain()
+
     def lock(self, lease: Lease, runs: Sequence[tuple[int, int]], mode: str, timeout: float | None) -> CellHold:
         """`Lease.lock`."""
         extent = lease.number + 1
@@ -442,7 +461,10 @@ class Segment:
             wanted = _merge([LockRequest(extent, start, stop, mode) for start, stop in runs])
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            hold = self.locks.acquire_runs(wanted, os_lock=True, timeout=timeout)
+            try:
+                hold = self.locks.acquire_runs(wanted, os_lock=True, timeout=timeout)
+            except (LockError, TimeoutError) as error:  # in the numbers that `statistics` gives
+                raise type(error)(EXTENT.sub(lambda found: f"shared array {int(found[1]) - 1}", str(error))) from None
             try:
                 found = CellHold(lease, hold)
                 if mode == "w":
@@ -844,6 +866,7 @@ def _after_fork_in_parent() -> None:
     for segment in _forking:
         segment._after_fork_in_parent()
         segment._mutex.release()
+        segment.settled()  # of what other threads dropped meanwhile
     _segments_mutex.release()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import time
 import weakref
@@ -173,7 +174,10 @@ class List(MutableSequence[Any]):
 
 def _place(index: Any, state: State, what: str) -> int:
     n = len(state.items)
-    place = index.__index__()
+    try:
+        place = operator.index(index)
+    except TypeError:
+        raise TypeError(f"shared list indices must be integers or slices, not {type(index).__name__}") from None
     place += n if place < 0 else 0
     if not 0 <= place < n:
         raise IndexError(f"shared list {what} {index} out of range: it has {n} items")
@@ -236,6 +240,11 @@ class Store(MutableMapping[str, Any]):
         self.name = name
         self._collection: Collection | None = None
         self._close_server: Any = None
+        if exist_ok and (name is None or not create):
+            raise ValueError(
+                f"Store({name!r}, exist_ok=True): exist_ok says what to do when one is to be made of a name that there is already. Say "
+                f"Store(name, create=True, exist_ok=True) to make or open it, Store(name) to open it."
+            )
         if name is None:
             self._collection = Collection.found(family(), _meta("store"))
             return

@@ -884,6 +884,9 @@ class Crowd:
     def say_waits(self, waits: bool) -> None:
         self.waits.append(waits)
 
+    def settled(self) -> None:
+        """Nothing here was put off."""
+
 
 @pytest.mark.parametrize("somebody_waits, told", [(False, []), (True, [True, False])])
 def test_free_bytes_are_taken_past_the_turnstile_unless_somebody_waits(somebody_waits: bool, told: list[bool]) -> None:

@@ -379,6 +379,107 @@ def test_a_child_forked_under_a_lock_leaves_it_to_its_parent(segment: Segment) -
     assert not lease.cells[0]
 
 
+def lock_at_once(lease: Lease) -> bytes:
+    """Return how a forked child, to whom no lock of its parent belongs, fares with all cells."""
+    with child(lambda file: file.write(type_of_error(lambda: lease.lock([(0, 4)], "w", 0).release()))) as (_, file):
+        return bytes(file.read())
+
+
+def test_a_lock_that_is_dropped_is_free_for_others_who_are_told(segment: Segment) -> None:
+    lease = make()
+
+    lease.lock([(1, 3)], "w")
+
+    assert segment.statistics()["locks"] == []
+    assert lock_at_once(lease) == b"AbandonedLockError"
+    assert lock_at_once(lease) == b"none"
+    lease.lock([(0, 4)], "r")
+    assert lock_at_once(lease) == b"none"
+
+
+def drop_together(box: list[Any]) -> None:
+    box.clear()
+
+
+def drop_as_a_circle(box: list[Any]) -> None:
+    box[0].memo = tuple(box)  # the collector alone finds it, in an order of its own
+    box.clear()
+    gc.collect()
+
+
+def drop_inside_the_table(box: list[Any]) -> None:
+    family()._locked(box.clear)
+
+
+def drop_inside_the_locks(box: list[Any]) -> None:
+    family().locks._read(box.clear)
+
+
+def drop_while_a_thread_is_inside_the_locks(box: list[Any]) -> None:
+    inside, may_go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: family().locks._read(lambda: inside.set() or may_go.wait()))
+    thread.start()
+    inside.wait()
+    number = box[0].number
+    box.clear()
+    assert family().table.holders(number), "it was let go of while its cells were locked"
+    may_go.set()
+    thread.join()
+
+
+def drop_while_a_thread_is_inside_the_table(box: list[Any]) -> None:
+    inside, may_go = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: family()._locked(lambda: inside.set() or may_go.wait()))
+    thread.start()
+    inside.wait()
+    box.clear()
+    may_go.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("mode", ["r", "w"])
+@pytest.mark.parametrize(
+    "drop",
+    [
+        drop_together,
+        drop_as_a_circle,
+        drop_inside_the_table,
+        drop_inside_the_locks,
+        drop_while_a_thread_is_inside_the_locks,
+        drop_while_a_thread_is_inside_the_table,
+    ],
+)
+def test_a_lock_that_is_dropped_with_its_memory_does_not_hold_what_comes_after(
+    segment: Segment, drop: Callable[[list[Any]], None], mode: str
+) -> None:
+    box: list[Any] = [make()]
+    number = box[0].number
+    box.append(box[0].lock([(1, 3)], mode))
+
+    drop(box)
+
+    assert segment.table.holders(number) == []
+    after = make()
+    assert after.number == number
+    assert lock_at_once(after) == b"none"
+
+
+def test_of_many_that_are_collected_with_their_locks_all_go(segment: Segment) -> None:
+    others = [make(nbytes=10) for _ in range(50)]
+    leases = [make(nbytes=10) for _ in range(50)]
+    numbers = [lease.number for lease in leases]
+    for lease in leases:
+        lease.memo = lease, lease.lock([(0, 1)], "w"), lease.lock([(0, 1)], "r"), leases
+
+    del leases, lease
+    gc.collect()
+
+    assert [segment.table.holders(number) for number in numbers] == [[]] * 50
+    assert segment.locks.statistics().granted == 0
+    assert segment.statistics()["locks"] == []
+    assert all(segment.table.holders(other.number) for other in others)
+
+
 def type_of_error(act: Callable[[], Any]) -> bytes:
     try:
         act()

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import gc
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import queue
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -418,7 +420,16 @@ def test_zeros_are_zeros_where_others_have_written() -> None:
         (lambda: shared.zeros((4, 4), chunks=(3, 3, 3)), sa.ChunkError, "3 entries"),
         (lambda: shared.lock(np.zeros(3)), TypeError, "takes an array of sa.shared"),
         (lambda: shared.lock(shared.zeros(3), mode="rw"), ValueError, "'r' to read or 'w' to write"),
-        (lambda: shared.lock(shared.zeros(3), 5), IndexError, "out of bounds"),
+        (lambda: shared.lock(shared.zeros(3), 5), IndexError, r"out of bounds. It has 1 chunk, 1. .* such as \(0,\)"),
+        (
+            lambda: shared.zeros((10, 4), chunks=(2, 4)).lock(2),
+            IndexError,
+            r"chunk 2 .* 1 entry, the grid 2 axes. It has 5 chunks, 5 x 1. .* such as \(2, 0\) \(the last one is \(4, 0\)\)",
+        ),
+        (lambda: shared.zeros((10, 4), chunks=(2, 4)).lock((-6, 0)), IndexError, "out of bounds"),
+        (lambda: shared.zeros(10, chunks=2).lock(1.5), TypeError, "made of ints"),
+        (lambda: shared.zeros(()).lock(1), IndexError, "one chunk, which lock"),
+        (lambda: shared.zeros(3).lock().release(), RuntimeError, "keep what you acquire"),
         (lambda: shared.lock(shared.zeros(9)[1:], 0), ValueError, "chunks are those of the whole array"),
         (lambda: shared.zeros(9)[[1]].lock(), AttributeError, "lock"),
         (lambda: shared.zeros(3).copy().chunks, AttributeError, "chunks"),
@@ -562,6 +573,23 @@ def test_a_lock_gives_its_part_and_views_exclude_each_other() -> None:
         assert try_to(a.lock((0, 0), "r")) and not try_to(a.lock((0, 0)))
 
 
+def test_who_waits_too_long_is_told_which_array_in_the_numbers_of_the_report() -> None:
+    a = shared.zeros((4, 4), chunks=(2, 2))
+    with a.lock((1, 1)):
+        (held,) = shared.report()["locks"]
+        with ThreadOf(lambda: str(error_of(lambda: a.lock(timeout=0.01).__enter__()))) as told:
+            assert f"cells [0, 4) of shared array {held['array']} to write" in told
+            assert "holds cells [3, 4)" in told
+
+
+def error_of(act: Any) -> Exception | None:
+    try:
+        act()
+    except Exception as error:
+        return error
+    return None
+
+
 def test_a_lock_can_be_pickled_and_held_by_hand() -> None:
     a = shared.zeros((4, 4), chunks=(2, 2))
     lock = a.lock((1, 1))
@@ -630,6 +658,36 @@ def test_a_value_is_changed_in_one_step() -> None:
     assert shared.Value("b", 127).add(1) == -128, "wraps"
     assert shared.Value(complex, 1j).add(1) == 1 + 1j
     assert shared.Value(ctypes.c_uint16, 7).dtype == np.uint16
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "<i4", ">i4", "u8", "i8", "f4", "f8", ">f8", "c16", "?"])
+def test_adding_gives_what_numpy_gives(dtype: str) -> None:
+    n = shared.Value(dtype)
+    limits = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else np.finfo(dtype) if dtype != "?" else None
+    large = [limits.max, limits.min] if limits is not None else []
+    numbers = [0, 1, -1, 100, True, 2**70, 0.5, 1e300, -np.inf, np.inf, np.nan, 3j, "x", np.int8(-3), np.uint64(2**63), np.float64(0.25)]
+    for start, addend in itertools.product(
+        [0, 1, *large], [*numbers, *(limit.item() if hasattr(limit, "item") else limit for limit in large)]
+    ):
+        expected = np.array(start, dtype)
+        n.value = start
+        with warnings.catch_warnings(record=True) as ours:
+            warnings.simplefilter("always")
+            got = type_or_value(lambda addend=addend: n.add(addend))
+        with warnings.catch_warnings(record=True) as theirs, np.errstate(over="ignore"):
+            warnings.simplefilter("always")
+            wanted = type_or_value(lambda addend=addend, expected=expected: np.add(expected, addend, out=expected).item())
+
+        np.testing.assert_equal(got, wanted)
+        np.testing.assert_equal(n.value, expected.item())
+        assert [str(each.message) for each in ours] == [str(each.message) for each in theirs]
+
+
+def type_or_value(act: Any) -> Any:
+    try:
+        return act()
+    except Exception as error:
+        return type(error)
 
 
 @pytest.mark.parametrize("code", [*"bBhHiIlLqQfd", ctypes.c_double, ctypes.c_int32])

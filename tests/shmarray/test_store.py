@@ -897,3 +897,16 @@ def test_the_report_names_stores_and_who_uses_them() -> None:
         report = shared.report()
         assert [(s["name"], s["kind"], s["users"]) for s in report["stores"]] == [("run", "store", [os.getpid()])]
         assert f"store 'run', which holds 2 of them, is used by {os.getpid()}" in str(report)
+
+
+def test_exist_ok_is_for_making_one() -> None:
+    for mistake in (lambda: shared.Store("run", exist_ok=True), lambda: shared.Store(exist_ok=True)):
+        with pytest.raises(ValueError, match="create=True, exist_ok=True"):
+            mistake()
+    with pytest.raises(FileNotFoundError, match="exist_ok=True beside it, whichever process comes first"):
+        shared.Store("run")
+
+
+def test_a_list_refuses_an_index_that_is_no_integer() -> None:
+    with pytest.raises(TypeError, match="must be integers or slices, not str"):
+        shared.List([1])["a"]
