@@ -34,6 +34,7 @@ from shmarray.optimise import substitute
 from shmarray.partial import Damage, damage_of
 from shmarray.plan import Target
 from shmarray.progress import shown
+from shmarray.publish import snapshots
 from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
 from shmarray.templates import plan_for
@@ -214,7 +215,10 @@ def run(
     pairs = [(n, t) for n, t in zip(nodes, targets, strict=True) if math.prod(t.shape)]
     if not pairs:
         return Report()
-    stored = [node for node in postorder(n for n, _ in pairs) if isinstance(node, Stored)]
+    everything = list(postorder(n for n, _ in pairs))
+    if taken := snapshots(everything, [n for n, _ in pairs]):
+        pairs = list(zip(substitute([n for n, _ in pairs], taken), [t for _, t in pairs], strict=True))
+    stored = [node for node in everything if isinstance(node, Stored)]
     places = [*(node.storage for node in stored), *(target.storage for _, target in pairs if target.storage is not None)]
     homes = {place.pool for place in places if place.is_spilled}
     # Only the workers of its own pool reach a spill file.

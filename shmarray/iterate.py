@@ -37,11 +37,14 @@ from shmarray.plan import Target, buffer_of, build_step
 from shmarray.region import c_strides
 from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
+from shmarray.store import Store
+from shmarray.watching import Watch
 
 __all__ = ["Frame", "iterate"]
 
 AT_ONCE_S = 0.03  # of steps at once: enough that what a plan costs is lost in it
 FEWEST, MOST = 4, 32  # steps in one plan, once it is known how long one takes
+LIVE_S = 0.02  # of steps at once while others read the state, who want a frame every 33 ms
 WORTH_WORKERS_S = 2e-4  # a step that takes longer here may take less in worker processes
 SMALL_NBYTES = 16 * TINY_NBYTES  # steps that move more than this always do
 KEPT_PLANS = 16
@@ -114,6 +117,9 @@ def iterate(
     start: int = 0,
     out: Any = None,
     scheduler: str | None = None,
+    progress: bool | None = None,
+    publish: str | Store | None = None,
+    names: Sequence[str] | None = None,
 ) -> Any:
     """Return the state after ``steps`` steps: ``state = step(*state)``, again and again, in place.
 
@@ -137,6 +143,11 @@ def iterate(
     start : the number of the first step. A run that goes on from a checkpoint continues exactly.
     out : stored arrays (one, or a tuple) for the result, which may be those of the state: their memory is then one of the two sets.
     scheduler : "processes", "threads" or "synchronous"; None: the first, or, where a step is tiny, this thread.
+    progress : whether to show steps, rate, time left and memory while it runs, as `ProgressBar` does; None: ``config.progress``.
+    publish : a name, or an open `shared.Store`: where other processes read the state while it runs, with `attach`. Takes memory of the
+        state once more. Beside the fields there are ``step``, ``steps``, ``time`` (seconds) and ``finished``. A name is given up at the
+        end; who has attached by then keeps the last state.
+    names : under which the fields are published; None: the names of the parameters of ``step``.
 
     Returns
     -------
@@ -172,8 +183,10 @@ def iterate(
     outs = None if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
     _check_outs(outs, arrays)
     values = _Scalars(scalars or {}, np.result_type(*(a.dtype for a in arrays)), int(start))
+    watch = Watch(current_pool(), step, arrays, int(start), None if steps is None else int(steps), progress, publish, names)
     loop = _Loop(step, arrays, until, observe or {}, values, outs or (), scheduler, user_line())
-    results = loop.run(int(start), None if steps is None else int(steps), int(every), callback)
+    with watch:
+        results = loop.run(int(start), None if steps is None else int(steps), int(every), callback, watch)
     if outs is not None:
         results = tuple(_give(result, place, loop.line) for result, place in zip(results, outs, strict=True))
     return results[0] if len(state) == 1 else results
@@ -329,8 +342,8 @@ class _Loop:
             return ("pool",)
         return ("here", "pool")
 
-    def _batch(self) -> tuple[str, int]:
-        """Return where the next steps run, and how many of them at once."""
+    def _batch(self, *, is_short: bool) -> tuple[str, int]:
+        """Return where the next steps run, and how many of them at once; ``is_short``: somebody waits for the end."""
         for place, rate in self.rates.items():
             if rate == math.inf and (place == "here" or len(self.rates) == 1):
                 return place, 1
@@ -338,7 +351,9 @@ class _Loop:
         if self.rates.get("pool") == math.inf and self.rates[place] > WORTH_WORKERS_S:
             place = "pool"  # to be tried
         step_s = self.rates[place] if self.rates[place] < math.inf else self.rates["here"]
-        at_once = 1 << int(math.log2(max(1.0, AT_ONCE_S / step_s)))
+        at_once = 1 << int(math.log2(max(1.0, (LIVE_S if is_short else AT_ONCE_S) / step_s)))
+        if is_short:
+            return place, min(MOST, at_once) if place == "pool" else at_once
         return place, max(FEWEST, min(MOST, at_once)) if place == "pool" else max(1, at_once)
 
     # --- buffers -----------------------------------------------------------------------------------------------------------
@@ -400,19 +415,21 @@ class _Loop:
 
     # --- running -----------------------------------------------------------------------------------------------------------
 
-    def run(self, start: int, steps: int | None, every: int, callback: Callable[[Frame], Any] | None) -> tuple[Any, ...]:
+    def run(self, start: int, steps: int | None, every: int, callback: Callable[[Frame], Any] | None, watch: Watch) -> tuple[Any, ...]:
         began = time.perf_counter()
         done = 0
         is_watched = callback is not None or self.until is not None
+        watch.begin(self._values)
         while steps is None or done < steps:
             most = math.inf if steps is None else steps - done
             if is_watched:
                 most = min(most, every - done % every)
-            place, at_once = self._batch()
+            place, at_once = self._batch(is_short=watch.is_asked())
             count = int(min(most, at_once))
             done += count
             is_look = is_watched and (done % every == 0 or done == steps)
             self._advance(place, start + done - count, count, is_look=is_look)
+            watch.batch(done, self._values)
             if not is_look:
                 continue
             looks = [place.array(place.layout).copy()[()] for place in self.look_places]
@@ -421,7 +438,12 @@ class _Loop:
                 callback(Frame(start + done, time.perf_counter() - began, self._state(), dict(zip(self.observe, looks, strict=True))))
             if is_enough:
                 break
+        watch.end(done, self._values)
         return self._state()
+
+    def _values(self) -> list[np.ndarray[Any, Any]]:
+        """Return the state as it lies there, between plans."""
+        return [storage.array(storage.layout) for storage in self.fields]
 
     def _state(self) -> tuple[Any, ...]:
         return tuple(wrap_stored(storage, storage.layout, chunks) for storage, chunks in zip(self.fields, self.chunks, strict=True))

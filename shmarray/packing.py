@@ -75,7 +75,7 @@ def register(cls: type, kind: int, array: Any = None, made: Any = None) -> None:
         _rooted[cls] = kind
         _by_kind[kind] = cls
     else:
-        _over_array[cls] = kind, _OverArray(cls.__name__, array, made)
+        _over_array[cls] = kind, _OverArray(getattr(cls, "kind_told", f"shared.{cls.__name__}"), array, made)
         _by_kind[kind] = _over_array[cls][1]
 
 
@@ -255,6 +255,6 @@ def describe(record: Record) -> tuple[str, tuple[int, ...] | None, np.dtype[Any]
     if is_over_array(record):
         dtype, rest = _parsed_dtype(record.payload)
         shape = tuple(json.loads(rest)[0])
-        word = f"shared.{how.name}" if isinstance(how, _OverArray) else "array"
+        word = how.name if isinstance(how, _OverArray) else "array"
         return word, shape, dtype, int(np.prod(shape, dtype=object)) * dtype.itemsize
     return getattr(how, "__name__", "unknown").lower(), None, None, None

@@ -26,6 +26,7 @@ from scheduler.journal import APPEND, CLEAR, DELETE, DELETE_AT, INSERT, NUMBER, 
 from scheduler.limits import format_bytes
 from scheduler.shared import START_BITS, Lease, family, identity_of, is_alive, receive
 from shmarray.packing import FIRST_REGISTERED, Item, array_of, describe, is_over_array, pack, register, unpack
+from shmarray.publish import Published
 from shmarray.shared_memory import SharedArray, _lock_type, allocate, stored
 
 __all__ = ["Attached", "List", "Store", "attach", "stores"]
@@ -550,11 +551,12 @@ register(List, LIST)
 class Attached(Mapping[str, Any]):
     """What `attach` gives: the names of a store, its arrays as lazy ones that read whatever is there when they are computed."""
 
-    __slots__ = ("_store", "_writeable")
+    __slots__ = ("_consistent", "_store", "_writeable")
 
-    def __init__(self, store: Store, writeable: bool = False) -> None:
+    def __init__(self, store: Store, writeable: bool = False, consistent: bool = False) -> None:
         self._store = store
         self._writeable = writeable
+        self._consistent = consistent
 
     @property
     def name(self) -> str | None:
@@ -562,15 +564,20 @@ class Attached(Mapping[str, Any]):
         return self._store.name
 
     def __getitem__(self, key: str) -> Any:
-        """Return the lazy `Array` over an array, a `Value` (without axes) or an `Array`; of a list a copy; else the value."""
+        """Return the lazy `Array` over an array, a `Value` (without axes), an `Array`, a field of a simulation; of a list a copy;
+        else the value.
+        """
         array = self._store._array_of(_checked(key))
         if array is not None:
+            value = self._store[key]
+            if isinstance(value, Published):
+                return value.lazy(self._consistent)
             return stored(array, watched=not self._writeable)
         value = self._store[key]
         if isinstance(value, SharedArray):
             return self[key]  # it was set meanwhile
         if isinstance(value, Store):
-            return Attached(value, self._writeable)
+            return Attached(value, self._writeable, self._consistent)
         return value if self._writeable or not isinstance(value, List) else value[:]
 
     def __iter__(self) -> Iterator[str]:
@@ -606,12 +613,16 @@ class Attached(Mapping[str, Any]):
         )
 
 
-def attach(name: str, *, writeable: bool = False, timeout: float | None = None) -> Attached:
+def attach(name: str, *, writeable: bool = False, consistent: bool = False, timeout: float | None = None) -> Attached:
     """Return the arrays of the store ``name`` of another process, as lazy `Array`s over its memory: nothing is copied.
 
     They are live: each `compute()` reads what is there then. Unless ``writeable`` they cannot be written, and reading takes no lock, so
     that a notebook that is stopped holds nothing up; what is being written meanwhile is read half old, half new. With ``writeable``,
     computing locks chunks as it does in the other process. ``timeout``: how many seconds to wait for the store to be made.
+
+    Fields that `iterate` publishes are read in whole cells instead, never half old and half new: each `compute()` asks the simulation for
+    the cells it needs, waits for up to 0.2 s, and copies them; nothing that a reader does holds the simulation up. ``consistent``: all that
+    one `compute()` reads of it is of one step.
 
     Raises FileNotFoundError when there is none.
 
@@ -632,7 +643,7 @@ def attach(name: str, *, writeable: bool = False, timeout: float | None = None) 
     deadline, pause_s = time.monotonic() + (timeout or 0.0), SHORTEST_POLL_S
     while True:
         try:
-            return Attached(Store(name), writeable)
+            return Attached(Store(name), writeable, consistent)
         except FileNotFoundError as error:
             if timeout is None:
                 raise

@@ -45,6 +45,7 @@ storage kernels.program
 handle travel
 shared_memory
 packing
+publish
 store
 shared optimise kernels.numpy fuse
 kernels.reduce kernels.scan kernels.sources kernels.parts kernels.accumulate kernels.calls hoist passes
@@ -53,7 +54,7 @@ kernels.llvm.engine
 engines
 plan
 templates partial npy progress
-compute
+compute watching
 explain checkpoint stages
 pipeline
 ops.elementwise ops.random
@@ -93,7 +94,19 @@ DOORS = {
     "scheduler.repeat": {"iterate", "plan"},
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it
-    "scheduler.run": {"__init__", "compute", "doctor", "explain", "iterate", "plan", "progress", "stages", "storage", "templates"},
+    "scheduler.run": {
+        "__init__",
+        "compute",
+        "doctor",
+        "explain",
+        "iterate",
+        "plan",
+        "progress",
+        "stages",
+        "storage",
+        "templates",
+        "watching",
+    },
     "scheduler.running": {"pipeline", "stages"},  # to end several runs together
     "scheduler.errors": {"compute", "errors", "store"},
     "scheduler.executors": {"config"},  # their names
@@ -110,6 +123,7 @@ DOORS = {
         "shared",
         "storage",
         "store",
+        "watching",
     },
     "scheduler.segments": {
         "doctor",
@@ -121,7 +135,7 @@ DOORS = {
         "kernels.llvm.kernel",
     },
     "scheduler.locks": {"shared_memory", "storage"},
-    "scheduler.shared": {"packing", "shared", "shared_memory", "store"},
+    "scheduler.shared": {"packing", "publish", "shared", "shared_memory", "store"},
     "scheduler.collection": {"store"},
     "scheduler.journal": {"packing", "store"},
     "scheduler.rendezvous": {"store"},
