@@ -264,7 +264,7 @@ class Publisher:
 
 def _copy(locks: Seqlocks, cell: int, step: int, values: NDArray, target: NDArray, box: Box) -> None:
     locks.begin(cell)
-    np.copyto(target[box], values[box])
+    np.copyto(target[*box, ...], values[*box, ...])  # an array without axes, too
     locks.end(cell, step)
 
 
@@ -474,7 +474,7 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
 def _copied(board: _Board, lock: Seqlocks, entry: _Entry, cell: int, result: NDArray) -> int:
     """Copy a cell, whole, into its place in ``result``, and return the step it is of."""
     box = entry.box(cell)
-    source, target = np.asarray(board.values(entry))[box], result[box]
+    source, target = np.asarray(board.values(entry))[*box, ...], result[*box, ...]
     until_s = math.inf
     while True:
         step = lock.read(cell, lambda: np.copyto(target, source))
