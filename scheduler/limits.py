@@ -1,8 +1,8 @@
 """How much of this machine a process may use: bytes and processors, and the budget that a pool keeps itself to.
 
-Promises: the smallest of what the machine has free and what every cgroup above this process still allows; a `Budget` whose
-reservations never exceed its limit, whichever threads ask. Relies on psutil (which knows nothing of cgroups) and on the
-cgroup files, versions 1 and 2. Never put here: what the bytes are for (`extents`), or a decision to wait, spill or refuse.
+Promises: the smallest of what the machine has free and what every cgroup above this process still allows. Relies on psutil
+(which knows nothing of cgroups) and on the cgroup files, versions 1 and 2.
+Never put here: what the bytes are for (`extents`), or a decision to wait, spill or refuse.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import math
 import operator
 import os
 import re
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
@@ -21,7 +19,6 @@ import psutil
 
 __all__ = [
     "Budget",
-    "BudgetStatistics",
     "available_nbytes",
     "cpu_count",
     "format_bytes",
@@ -195,61 +192,11 @@ def _find_stat(path: Path, name: str) -> int | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetStatistics:
-    """A snapshot of a budget; ``refused`` counts the reservations that did not fit."""
-
-    limit_nbytes: int
-    used_nbytes: int
-    peak_nbytes: int
-    refused: int
-
-
 class Budget:
-    """A number of bytes that reservations share. It measures nothing: what is not reserved is not known to it."""
+    """How many bytes a pool keeps itself to: fixed once and for all, so that a plan fits or not whatever runs beside."""
+
+    __slots__ = ("limit_nbytes",)
 
     def __init__(self, limit: int | str | None = None) -> None:
-        """``limit`` None: 0.6 of what is available now, once and for all, so that a plan fits or not whatever runs beside."""
+        """``limit`` None: 0.6 of what is available now."""
         self.limit_nbytes = int(DEFAULT_SHARE * available_nbytes()) if limit is None else parse_bytes(limit)
-        # Re-entrant: the garbage collector may run a finalizer that releases while this thread is inside.
-        self._lock = threading.RLock()
-        self._used_nbytes = 0  # these three are written under the lock
-        self._peak_nbytes = 0
-        self._refused = 0
-
-    @property
-    def used_nbytes(self) -> int:
-        """The bytes reserved now."""
-        return self._used_nbytes
-
-    def reserve(self, nbytes: int) -> bool:
-        """Take ``nbytes`` of the budget and return True, or take nothing and return False when they do not fit."""
-        if nbytes < 0:
-            raise ValueError(f"reserving {nbytes} bytes: a reservation must not be negative; give bytes back with release().")
-        with self._lock:
-            if self._used_nbytes + nbytes > self.limit_nbytes:
-                self._refused += 1
-                return False
-            self._used_nbytes += nbytes
-            self._peak_nbytes = max(self._peak_nbytes, self._used_nbytes)
-            return True
-
-    def release(self, nbytes: int) -> None:
-        """Give back ``nbytes`` that were reserved."""
-        with self._lock:
-            if not 0 <= nbytes <= self._used_nbytes:
-                raise ValueError(
-                    f"releasing {nbytes} bytes of a budget of which {self._used_nbytes} are reserved: release what reserve() took, once."
-                )
-            self._used_nbytes -= nbytes
-
-    def statistics(self) -> BudgetStatistics:
-        """Return a snapshot."""
-        with self._lock:
-            return BudgetStatistics(self.limit_nbytes, self._used_nbytes, self._peak_nbytes, self._refused)
-
-    def check(self) -> None:
-        """Assert what everyone relies on."""
-        with self._lock:
-            assert self.limit_nbytes >= 0, self.limit_nbytes
-            assert 0 <= self._used_nbytes <= self._peak_nbytes <= self.limit_nbytes, (self._used_nbytes, self._peak_nbytes)

@@ -743,12 +743,17 @@ class _Loop:
         if not member.has_joined:
             self._start_failed(member.slot, f"{reason}\n{tail}".strip(), was_killed=was_killed)
             return
-        if not self.words[WORDS_PER_SLOT * member.slot + 1]:  # it was ready, and never began anything
+        at = WORDS_PER_SLOT * member.slot
+        if not self.words[at + 1]:  # it was ready, and never began anything
             self.start_error = f"{reason}, before it began its first task"
             self.attempts[member.slot].failed(was_killed=was_killed)
-        self._lose(member, reason)
+        elif not self.words[at + 2]:  # it came as far as its tasks
+            self.attempts[member.slot].succeeded()
+        elif was_killed:  # the next one after a pause: who kills whatever starts would be through with all attempts in two seconds
+            self.attempts[member.slot].failed(was_killed=True)
+        self._lose(member, reason, was_killed=was_killed and OUT_OF_MEMORY not in reason)
 
-    def _lose(self, member: _Member, reason: str) -> None:
+    def _lose(self, member: _Member, reason: str, *, was_killed: bool = False) -> None:
         """Tell the state of a death, with what the dead worker left: its cursor, and a step that it was copying, which is finished here."""
         at = WORDS_PER_SLOT * member.slot
         run_id, is_binding = self.words[at + 1], self.words[at + 2]
@@ -764,7 +769,7 @@ class _Loop:
             self.tickets[plan_id].deaths += 1
         cursor, step = found or (None, 0)
         is_charged = not member.doom or member.doomed_at == (run_id, cursor)
-        self._feed(WorkerLost(member.slot, cursor, reason, member.process.pid, not is_binding, step, is_charged))
+        self._feed(WorkerLost(member.slot, cursor, reason, member.process.pid, not is_binding, step, is_charged, was_killed))
         faults.point("buried")
 
     def _start_failed(self, slot: int, why: str, *, was_killed: bool = False) -> None:

@@ -10,7 +10,7 @@ Never put here: what a step is, how many there are, buffers that swap.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -29,12 +29,13 @@ Requires = Callable[[int, int], tuple[int, int]]
 class Spans:
     """Which bytes of a buffer the tasks of a layer touch: task i all, or part, of [lows[i], highs[i]); nothing where that is empty."""
 
-    __slots__ = ("highs", "highs_before", "lows", "lows_behind")
+    __slots__ = ("covered", "highs", "highs_before", "lows", "lows_behind")
 
     def __init__(self, lows: Sequence[int], highs: Sequence[int]) -> None:
         self.lows, self.highs = list(lows), list(highs)
         self.highs_before = list(accumulate(self.highs, max))  # ascending: of tasks up to this one
         self.lows_behind = list(accumulate(reversed(self.lows), min))[::-1]  # ascending: of this task and those behind
+        self.covered = _merged(zip(self.lows, self.highs, strict=True))
 
     def meeting(self, low: int, high: int) -> tuple[int, int]:
         """Return the smallest range that holds every task that touches [low, high); an empty one when there is none."""
@@ -82,7 +83,7 @@ def chain(steps: Sequence[Step]) -> Plan:
                 buffers.append(one)
         touched: dict[int, _Uses] = {}
         for index, layer in enumerate(step.plan.layers):
-            after: dict[int, list[Requires] | None] = {}
+            after: dict[int, _Waits | None] = {}
             for buffer, spans in step.reads[index].items():
                 touched.setdefault(mine[buffer], _Uses([], [])).readers.append((first + index, spans))
                 if mine[buffer] in uses:
@@ -92,7 +93,7 @@ def chain(steps: Sequence[Step]) -> Plan:
                 if mine[buffer] in uses:
                     _wait(after, uses[mine[buffer]].writers, spans)
                     _wait(after, uses[mine[buffer]].readers, spans)
-            dependencies = [Dependency(at, one) for at, each in sorted(after.items()) for one in ([None] if each is None else each)]
+            dependencies = [Dependency(at, one) for at, each in sorted(after.items()) for one in ((None,) if each is None else each.all())]
             dependencies += [Dependency(first + d.layer, d.requires) for d in layer.dependencies]
             reads, writes = (tuple(dict.fromkeys(mine[b] for b in some)) for some in (layer.reads, layer.writes))
             if index in step.plan.pickles:
@@ -101,9 +102,10 @@ def chain(steps: Sequence[Step]) -> Plan:
             layers.append(replace(layer, reads=reads, writes=writes, names=names, dependencies=tuple(dependencies)))
         for buffer, now in touched.items():
             before = uses.get(buffer)
-            if before is None or now.writers:  # who comes later waits for these, and they waited for those before
-                uses[buffer] = now
+            if before is None or _cover(now.writers, buffers[buffer].nbytes):
+                uses[buffer] = now  # who comes later waits for these writers, and they waited for those before
             else:
+                before.writers += now.writers
                 before.readers += now.readers
     plans = [step.plan for step in steps]
     return Plan(
@@ -116,27 +118,58 @@ def chain(steps: Sequence[Step]) -> Plan:
     )
 
 
-def _wait(
-    after: dict[int, list[Requires] | None], others: list[tuple[int, tuple[Spans, ...] | None]], mine: tuple[Spans, ...] | None
-) -> None:
+def _merged(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return ranges [low, high) joined where they meet, ascending."""
+    joined: list[tuple[int, int]] = []
+    for low, high in sorted(piece for piece in pieces if piece[0] < piece[1]):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(high, joined[-1][1])
+        else:
+            joined.append((low, high))
+    return joined
+
+
+def _cover(writers: list[tuple[int, tuple[Spans, ...] | None]], nbytes: int) -> bool:
+    """Return whether whoever touches any of the bytes waits for one of ``writers`` that has waited for the same bytes."""
+    if any(spans is None for _, spans in writers):
+        return True  # for a whole layer, which waited for whole layers
+    return _merged(piece for _, some in writers for spans in some or () for piece in spans.covered)[:1] == [(0, nbytes)]
+
+
+class _Waits:
+    """What the tasks of a layer wait for of another: what is near them, and, each by itself, what is far away."""
+
+    def __init__(self) -> None:
+        self.near: list[tuple[Spans, Spans]] = []
+        self.far: list[tuple[Spans, Spans]] = []
+
+    def all(self) -> list[Requires]:
+        return [_requires(pairs) for pairs in (self.near, *([pair] for pair in self.far)) if pairs]
+
+
+def _wait(after: dict[int, _Waits | None], others: list[tuple[int, tuple[Spans, ...] | None]], mine: tuple[Spans, ...] | None) -> None:
     """Have a layer, whose tasks touch ``mine``, wait for those that touched the same bytes; None: for a whole layer."""
     for layer, theirs in others:
         if mine is None or theirs is None:
             after[layer] = None
             continue
-        for one in mine:
-            for other in theirs:
+        for i, one in enumerate(mine):
+            for j, other in enumerate(theirs):
                 low, high = other.meeting(min(one.lows), max(one.highs))
-                each = after.setdefault(layer, []) if low < high else None
-                if each is not None:
-                    each.append(_requires(one, other))
+                waits = after.setdefault(layer, _Waits()) if low < high else None
+                if waits is not None:
+                    (waits.far if i or j else waits.near).append((one, other))
 
 
-def _requires(mine: Spans, theirs: Spans) -> Requires:
+def _requires(pairs: Sequence[tuple[Spans, Spans]]) -> Requires:
     def requires(start: int, stop: int) -> tuple[int, int]:
+        ranges = [theirs.meeting(min(mine.lows[start:stop]), max(mine.highs[start:stop])) for mine, theirs in pairs]
+        met = [(low, high) for low, high in ranges if low < high]
+        if met:
+            return min(low for low, _ in met), max(high for _, high in met)
         # Of tasks that meet none: one, for nothing is begun before a layer that it waits for is.
-        low, high = theirs.meeting(min(mine.lows[start:stop]), max(mine.highs[start:stop]))
-        return (low, high) if low < high else (min(low, len(theirs.lows) - 1), min(low, len(theirs.lows) - 1) + 1)
+        at = min(ranges[0][0], len(pairs[0][1].lows) - 1)
+        return at, at + 1
 
     return requires
 
@@ -144,13 +177,19 @@ def _requires(mine: Spans, theirs: Spans) -> Requires:
 class Prepared:
     """A plan bound in this thread, to be run again and again: each time costs what its kernels do, and a microsecond or two.
 
-    For small work, and not for layers in place: who is cut short does not learn what was done. A context manager.
+    For small work, and not for layers in place: who is cut short does not learn what was done. All temporaries live as long as it does.
+    ``beside``: the same plan on other buffers, prepared in this thread, which lends its temporaries and its room: they take turns, and
+    who waited for room that the same thread holds would wait for ever. A context manager.
     """
 
-    def __init__(self, host: Host, plan: Plan) -> None:
+    def __init__(self, host: Host, plan: Plan, beside: Prepared | None = None) -> None:
         assert not any(layer.in_place for layer in plan.layers)
+        if beside is not None:
+            lent = beside.running.addresses
+            buffers = tuple(replace(b, address=lent[k]) if b.address is None else b for k, b in enumerate(plan.buffers))
+            plan = replace(plan, buffers=buffers, scratch_nbytes=0)
         self.plan = plan
-        self.running = Running(host, plan, Outcome())
+        self.running: Running = Running(host, plan, Outcome())
         try:
             redo = Redo(memoryview(bytearray(8)).cast("q"), 0)
             self.bound: list[Callable[[int], None]] = []

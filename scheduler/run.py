@@ -15,6 +15,7 @@ import os
 import pkgutil
 import threading
 import weakref
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
@@ -99,6 +100,7 @@ class Pool:
         # Guards the five below, too. A plain lock, not a Condition: Ctrl-C in a function written in Python would leave that locked.
         self._mutex = threading.RLock()
         self._rooms: list[weakref.ref[Room]] = []  # of plans that run
+        self._reserving = threading.Lock()  # held while a plan tries to reserve disk, and for nothing else
         self._temporaries: set[int] = set()  # identities of their extents
         self._waiting: set[threading.Lock] = set()  # of plans for which others leave no room; unlocked to have them look again
         self._plans = 0
@@ -252,6 +254,19 @@ class Pool:
                 raise
         raise AssertionError
 
+    def _allocate_all_spilled(self, sizes: Iterable[int]) -> list[Extent]:
+        """Return an extent in the spill file for each size, or raise SpillError and have the disk as it was."""
+        found: list[Extent] = []
+        try:
+            for nbytes in sizes:
+                found.append(self.allocate_spilled(nbytes))
+        except BaseException:
+            for extent in found:
+                extent.free()
+            self._drain_spill()
+            raise
+        return found
+
     def _take(self, nbytes: int) -> Extent:
         try:
             extent = self.extents.allocate(nbytes)
@@ -296,8 +311,65 @@ class Pool:
     def admit(self, plan: Plan) -> tuple[int | None, Room | None]:
         """Return (the room for the plan's temporaries, what is reserved for it); wait while other plans leave too little.
 
-        Half of what is free goes to one plan at most, unless it needs more: room beyond the peak lets layers overlap.
+        Half of the memory that is free goes to one plan at most, unless it needs more: room beyond the peak lets layers overlap.
+        Raises MemoryBudgetError and SpillError for what can never fit.
         """
+        nbytes, room = self._admit_to_memory(plan)
+        if any(b.is_spilled and b.address is None for b in plan.buffers):
+            if room is None:
+                room = Room(0)
+                with self._mutex:
+                    self._rooms.append(weakref.ref(room))
+            try:
+                self._reserve_disk(plan, room)
+            except BaseException:
+                self.leave(room)
+                raise
+        return nbytes, room
+
+    def _reserve_disk(self, plan: Plan, room: Room) -> None:
+        """Reserve what the plan will spill; wait while other plans have reserved what it lacks."""
+        wake = threading.Lock()
+        while True:
+            with self._reserving:  # two at once would each find the disk full with what the other gives back in a moment
+                error = self._take_disk(plan, room)
+            if error is None:
+                return
+            with self._mutex:
+                self._require_open()
+                others = any((there := ref()) is not None and there.has_disk for ref in self._rooms)
+                if not others or getattr(self._local, "depth", 0) > 1 or is_inline():
+                    raise error
+                wake.acquire(blocking=False)
+                self._waiting.add(wake)
+            wake.acquire(timeout=LOOK_AGAIN_S)
+
+    def _take_disk(self, plan: Plan, room: Room) -> SpillError | None:
+        """Fill in the room's extents: one for each temporary or, where the disk is short of that, for several in turn."""
+        sizes, piece_of = plan.spilled_in_turn()
+        each = {buffer: plan.buffers[buffer].nbytes for buffer in piece_of}
+        try:
+            room.spilled = dict(zip(each, self._allocate_all_spilled(each.values()), strict=True))
+        except SpillError:
+            try:
+                pieces = self._allocate_all_spilled(sizes)
+            except SpillError as error:
+                where = plan.layers[next(i for i, layer in enumerate(plan.layers) if piece_of.keys() & {*layer.reads, *layer.writes})]
+                line = f" (built at {where.line})" if where.line else ""
+                return SpillError(
+                    f"running {where.name!r}{line} was not begun: the temporaries for which there is no memory ({len(each)}) need "
+                    f"{format_bytes(sum(sizes))} of spill space at their peak. {error}",
+                    path=error.path,
+                    needed_nbytes=sum(sizes),
+                    free_nbytes=error.free_nbytes,
+                    errno=error.errno,
+                )
+            room.spilled = {buffer: pieces[piece] for buffer, piece in piece_of.items()}
+            room.in_order = True
+        room.has_disk = True
+        return None
+
+    def _admit_to_memory(self, plan: Plan) -> tuple[int | None, Room | None]:
         total = sum(b.room_nbytes for b in plan.buffers if b.address is None)
         scratch = plan.scratch_nbytes * max(1, self.workers)
         if not total and not scratch:
@@ -334,10 +406,11 @@ class Pool:
 
     def leave(self, room: Room) -> None:
         """Give back what `admit` reserved; calling it again does nothing."""
+        room.spilled = {}
         self._drain_spill()
         with self._mutex:
-            room.nbytes = 0
-            self._rooms = [ref for ref in self._rooms if (there := ref()) is not None and there.nbytes]
+            room.nbytes, room.has_disk = 0, False
+            self._rooms = [ref for ref in self._rooms if (there := ref()) is not None and (there.nbytes or there.has_disk)]
             self._wake_waiting()
 
     def _wake_waiting(self) -> None:

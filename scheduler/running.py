@@ -147,12 +147,18 @@ def current_group() -> RunGroup | None:
 
 
 class Room:
-    """What a pool has reserved for a plan, until `Host.leave`, or until nobody holds this: Ctrl-C can strike in between."""
+    """What a pool has reserved for a plan, until `Host.leave`, or until nobody holds this: Ctrl-C can strike in between.
 
-    __slots__ = ("__weakref__", "nbytes")
+    ``nbytes`` of memory; ``spilled``: for each temporary that is to lie in the spill file and has not yet been allocated, its extent,
+    which another may use before it: only if layers run ``in_order``.
+    """
+
+    __slots__ = ("__weakref__", "has_disk", "in_order", "nbytes", "spilled")
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
+        self.spilled: dict[int, Extent] = {}
+        self.has_disk = self.in_order = False
 
 
 class Host(Protocol):
@@ -163,14 +169,15 @@ class Host(Protocol):
     locks: CellLocks
 
     def admit(self, plan: Plan) -> tuple[int | None, Room | None]:
-        """Return the room for the plan's temporaries (None: it has none) and what was reserved; wait for it; raise when none."""
+        """Return the room for the plan's temporaries (None: it has none) and what was reserved; wait for it; raise when none.
+
+        What the plan will spill is reserved on the disk.
+        """
 
     def leave(self, room: Room) -> None:
         """Give back what `admit` gave; calling it again does nothing."""
 
     def allocate_temporary(self, nbytes: int) -> Extent: ...
-
-    def allocate_spilled(self, nbytes: int) -> Extent: ...
 
     def free_temporary(self, extent: Extent) -> None: ...
 
@@ -216,7 +223,9 @@ class Running:
     def submission(self) -> Submitted:
         """Return what the state machine is told of the plan."""
         done = self.plan.progress or Progress()
-        return Submitted(self.plan_id, self.plan, self.room_nbytes, done.finished, done.steps, self.outcome.tally)
+        in_order = self._room is not None and self._room.in_order
+        tally = self.outcome.tally
+        return Submitted(self.plan_id, self.plan, self.room_nbytes, done.finished, done.steps, in_order, tally)
 
     def open(self, index: int) -> None:
         """Allocate what the layer touches and has no address yet. Comes before the first of its tasks."""
@@ -226,14 +235,19 @@ class Running:
             if buffer not in self.addresses:
                 faults.point("allocate")
                 wanted = self.plan.buffers[buffer]
-                allocate = self.host.allocate_spilled if wanted.is_spilled else self.host.allocate_temporary
-                extent = allocate(wanted.nbytes)
+                if wanted.is_spilled:
+                    assert self._room is not None
+                    extent = self._room.spilled.pop(buffer)
+                else:
+                    extent = self.host.allocate_temporary(wanted.nbytes)
                 self.temporaries[buffer] = extent
                 self.addresses[buffer] = extent.address
 
     def buffer_done(self, buffer: int) -> None:
-        self.host.free_temporary(self.temporaries.pop(buffer))
+        extent = self.temporaries.pop(buffer)
         del self.addresses[buffer]
+        if self._room is None or all(extent is not waits for waits in self._room.spilled.values()):
+            self.host.free_temporary(extent)
 
     def addresses_of(self, index: int) -> dict[int, Address]:
         """Return where the buffers of a layer are, by the numbers that its kernel has for them."""

@@ -27,6 +27,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from sys import is_finalizing
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -355,6 +356,8 @@ class Segment:
     def _drain(self, _: object = None) -> None:
         """Let go of what was dropped, unless somebody is in here, who then does it."""
         mutex = self._mutex
+        if is_finalizing():  # half of Python is gone, and who ends lets go of everything
+            return
         while self._dropped:  # looked at again after the mutex was left: somebody may have been turned away meanwhile
             if not mutex.acquire(blocking=False):
                 return

@@ -102,7 +102,7 @@ class SpillFile:
         """Have the file system set aside room for a range, so that writing it cannot find the disk full. Raises SpillError."""
         if nbytes <= 0:
             return
-        self._require_usable()
+        self.require_usable()
         try:
             os.posix_fallocate(self.fd, offset, nbytes)
         except OSError as error:
@@ -158,7 +158,7 @@ class SpillFile:
         """Fill ``into`` (bytes) with what lies at ``offset``. Raises SpillError."""
         done, nbytes = 0, len(into)
         while done < nbytes:
-            self._require_usable()
+            self.require_usable()
             try:
                 count = _read_some(self.fd, into[done:] if done else into, offset + done)
             except OSError as error:
@@ -171,7 +171,7 @@ class SpillFile:
         """Write ``part`` (bytes) at ``offset``, which is reserved. Raises SpillError. Call `written` after."""
         done, nbytes = 0, len(part)
         while done < nbytes:
-            self._require_usable()
+            self.require_usable()
             try:
                 done += _write_some(self.fd, part[done:] if done else part, offset + done)
             except OSError as error:
@@ -226,7 +226,8 @@ class SpillFile:
             errno=error.errno,
         )
 
-    def _require_usable(self) -> None:
+    def require_usable(self) -> None:
+        """Raise SpillError in a forked child, and when the pool was closed."""
         if self.is_closed:
             raise SpillError(
                 f"the pool was closed, and with it its spill file in {self.directory!r}: what lay there is gone.", path=self.directory

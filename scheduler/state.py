@@ -51,6 +51,8 @@ __all__ = [
 DRIVER_LANE = -1
 MOST_QUEUED = 2  # one running, one waiting: a worker never waits for the driver between short ranges
 MOST_DEATHS = 3  # of one task
+MOST_KILLS_BINDING = 20  # in a row, of one layer: somebody else's doing, as in `scheduler.watch`
+BINDING = -1  # stands for a task among deaths: those that came before any task's own code
 OUT_OF_MEMORY = "out-of-memory killer"  # part of a reason
 RANGE_S = 0.008  # aimed at: long enough to drown the round trip (0.1 ms), short enough to balance and to cancel
 PREFETCH_S = 0.02  # a second range is queued only behind one that is known to be shorter: nobody waits behind a long task
@@ -67,7 +69,8 @@ class Submitted:
     """A plan is to be run. ``room_nbytes``: how much its temporaries may occupy at once; None: no limit.
 
     ``finished`` and ``steps`` as in `PlanFailed`: what an earlier run of the plan has done, and this one goes on from. ``tally`` is kept
-    up to date for others to look at; nothing here depends on it.
+    up to date for others to look at; nothing here depends on it. ``in_order``: a layer opens when all before it have finished, so that
+    no more temporaries live at once than the plan says.
     """
 
     plan_id: int
@@ -75,6 +78,7 @@ class Submitted:
     room_nbytes: int | None = None
     finished: tuple[tuple[int, int, int], ...] = ()
     steps: tuple[tuple[int, int, int], ...] = ()
+    in_order: bool = False
     tally: Tally | None = None
 
 
@@ -99,6 +103,7 @@ class WorkerLost:
     A cursor equal to the range's stop says that all of it was done, only not reported. ``is_bound`` False: it was still binding
     the layer's kernel, for that task, and had written nothing. ``step``: the first step of that task that is still to do, where
     the layer is in place; -1: its target could not be put in order. ``is_charged`` False: it was killed for what it did before.
+    ``was_killed``: by a SIGKILL that was neither ours nor the out-of-memory killer's.
     """
 
     worker: int
@@ -108,6 +113,7 @@ class WorkerLost:
     is_bound: bool = True
     step: int = 0
     is_charged: bool = True
+    was_killed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +362,7 @@ class _PlanState:
         "error_at",
         "fresh",
         "in_flight",
+        "in_order",
         "is_stopping",
         "layers",
         "live",
@@ -375,6 +382,7 @@ class _PlanState:
         self.plan_id = event.plan_id
         self.plan = plan
         self.room_nbytes = event.room_nbytes
+        self.in_order = event.in_order
         self.layers = [_LayerState(i, layer) for i, layer in enumerate(plan.layers)]
         self.unfinished_layers = len(self.layers)
         # Ascending layer indices, [0] for workers, [1] for the driver: what a lane looks through.
@@ -555,6 +563,11 @@ class _PlanState:
         plan's peak was computed. A layer whose temporaries do not fit the room waits, unless nothing else can go on.
         """
         consumers, sources = self.fresh[kind]
+        if self.in_order:
+            first = next((state.index for state in self.layers if state.finished.count < state.ntasks), -1)
+            if first in consumers or first in sources:
+                yield first
+            return
         room = self.room_nbytes
         for index in chain(reversed(consumers), sources):
             if room is None or self._fits(index, room):
@@ -591,6 +604,8 @@ class _PlanState:
         is_first = not state.finished.count
         state.finished.add(start, stop)
         self.tally.done += stop - start
+        if self.deaths:
+            self.deaths.pop((state.index, BINDING), None)
         if self.alone:
             self.alone = {(i, task) for i, task in self.alone if i != state.index or not start <= task < stop}
         for task in [t for t in state.steps if start <= t < stop] if state.steps else ():
@@ -785,17 +800,20 @@ class State:
         # Alone in its range from now on: should it kill again, nobody else is in doubt.
         plan.give_back(layer, cursor, cursor + 1)
         plan.give_back(layer, cursor + 1, piece.stop)
-        deaths = plan.deaths.setdefault((layer.index, cursor), [])
         # A death that came after some more steps were done says nothing against the next one.
         if event.step > layer.steps.get(cursor, 0):
-            deaths.clear()
+            plan.deaths.pop((layer.index, cursor), None)
+            plan.deaths.pop((layer.index, BINDING), None)
+        # Loading and binding our own code kills nobody: no task is to blame, yet it must end should it be so after all.
+        is_innocent = event.was_killed and not event.is_bound and not plan.plan.isolated
+        deaths = plan.deaths.setdefault((layer.index, BINDING if is_innocent else cursor), [])
         if event.is_charged:
             deaths.append((event.reason, event.pid))
         if OUT_OF_MEMORY in event.reason:
             plan.alone.add((layer.index, cursor))
         # Who died while binding had written nothing: then it is run again even where that would be wrong later.
         is_torn = event.is_bound and (event.step < 0 if layer.layer.in_place else not layer.layer.retry)
-        is_refused = len(deaths) >= MOST_DEATHS
+        is_refused = len(deaths) >= (MOST_KILLS_BINDING if is_innocent else MOST_DEATHS)
         if is_torn or is_refused or plan.is_stopping:
             self._left_at(piece, cursor, event.step, event.is_bound)
         elif layer.layer.in_place:
@@ -806,7 +824,7 @@ class State:
             plan.fail(_torn(layer, cursor, event), layer.index, cursor)
             self._stop(plan, commands)
         elif is_refused:
-            plan.fail(_refused(layer, cursor, deaths), layer.index, cursor)
+            plan.fail((_never_bound if is_innocent else _refused)(layer, cursor, deaths), layer.index, cursor)
             self._stop(plan, commands)
 
     def _left_at(self, piece: _Range, task: int, step: int, is_bound: bool) -> None:
@@ -967,6 +985,15 @@ def _refused(layer: _LayerState, task: int, deaths: list[tuple[str, int]]) -> Wo
     return WorkerDied(
         f"{_where(layer, task)} ended {len(deaths)} worker processes ({listed}) and is refused from now on. "
         + " ".join(advice or [_CAUSES])
+    )
+
+
+def _never_bound(layer: _LayerState, task: int, deaths: list[tuple[str, int]]) -> WorkerDied:
+    reason, pid = deaths[-1]
+    return WorkerDied(
+        f"{len(deaths)} worker processes in a row were killed while they loaded the code of {_where(layer, task)}, and none of its "
+        f"tasks got done in between (the last one, process {pid}: {reason}). Something outside kills them: look who does (an "
+        f"administrator, a watchdog, a limit of the container), or use scheduler='threads'."
     )
 
 

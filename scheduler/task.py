@@ -259,6 +259,40 @@ class Plan:
             live = {b for b in live if last[b] > position}
         return peak, where
 
+    def spilled_in_turn(self) -> tuple[list[int], dict[int, int]]:
+        """Return pieces of spill space (sizes) for when layers run strictly one after the other, and the piece each temporary lies in.
+
+        Only for what `progress` has not given space or need of. A piece holds one temporary after the other, so they sum to little
+        more than what lives at once; as many pieces as temporaries where all live together.
+        """
+        progress = self.progress or Progress()
+        done = [0] * len(self.layers)
+        for layer, start, stop in progress.finished:
+            done[layer] += stop - start
+        left = [i for i, layer in enumerate(self.layers) if done[i] < layer.ntasks]
+        used: dict[int, list[int]] = {}
+        for position in left:
+            for buffer in dict.fromkeys((*self.layers[position].reads, *self.layers[position].writes)):
+                if self.buffers[buffer].is_spilled and self.buffers[buffer].address is None and buffer not in progress.temporaries:
+                    used.setdefault(buffer, []).append(position)
+        sizes: list[int] = []
+        free: list[int] = []
+        piece_of: dict[int, int] = {}
+        for position in left:
+            fresh = [b for b, positions in used.items() if positions[0] == position]
+            for buffer in sorted(fresh, key=lambda b: -self.buffers[b].nbytes):
+                nbytes = self.buffers[buffer].nbytes
+                if free:  # the smallest that has room, else the largest, which is made larger
+                    piece = min(free, key=lambda p: (sizes[p] < nbytes, sizes[p] if sizes[p] >= nbytes else -sizes[p]))
+                    free.remove(piece)
+                    sizes[piece] = max(sizes[piece], nbytes)
+                else:
+                    piece = len(sizes)
+                    sizes.append(nbytes)
+                piece_of[buffer] = piece
+            free += [piece_of[b] for b, positions in used.items() if positions[-1] == position]
+        return sizes, piece_of
+
     def cost_nbytes(self) -> int:
         """Return the bytes that all tasks are expected to move, -1 when a layer's cost is unknown."""
         if any(layer.nbytes_per_task == 0 for layer in self.layers):

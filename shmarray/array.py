@@ -476,7 +476,7 @@ class Array(Handle):
         results = result if isinstance(result, tuple) else (result,)
         if ufunc.nout > 1:
             results = running.persist(*results)  # all before the first is written: an output may be an input
-        given = [_write_out(r, o, ufunc, casting) for r, o in zip(results, outs, strict=True)]
+        given = [elementwise.write_out(r, o, ufunc, casting) for r, o in zip(results, outs, strict=True)]
         return tuple(given) if ufunc.nout > 1 else given[0]
 
     def __array_function__(self, func: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
@@ -513,7 +513,7 @@ class Array(Handle):
     def clip(self, min: Any = None, max: Any = None, out: Any = None) -> Any:
         """Return the array limited to [``min``, ``max``]."""
         result = elementwise.clip(self, min, max)
-        return result if out is None else _write_out(result, out, np.positive, "same_kind")
+        return result if out is None else elementwise.write_out(result, out, np.positive, "same_kind")
 
     def round(self, decimals: int = 0, out: Any = None) -> Any:
         """Return the array rounded to ``decimals`` places."""
@@ -598,7 +598,7 @@ def _binary_operator(name: str) -> tuple[Callable[..., Any], Callable[..., Any],
             return NotImplemented
         # Live: what is updated is read under the locks of the write, so that two threads that add are both counted.
         mine = self if self._storage is None else self.live
-        _write_out(apply(mine, other), self, getattr(np, name), "same_kind")
+        elementwise.write_out(apply(mine, other), self, getattr(np, name), "same_kind")
         return self
 
     return forward, backward, in_place
@@ -642,21 +642,6 @@ def _is_operand(value: Any) -> bool:
     return hasattr(value, "__array__") and not hasattr(type(value), "__array_ufunc__")
 
 
-def _write_out(result: Any, out: Any, ufunc: np.ufunc, casting: str) -> Any:
-    """Write a result into what ``out=`` or ``+=`` names, with NumPy's rules for shape and cast."""
-    if out is None:
-        return result
-    if broadcast_shape(result.shape, out.shape) != out.shape:
-        raise ValueError(f"non-broadcastable output operand with shape {out.shape} doesn't match the broadcast shape {result.shape}")
-    if not np.can_cast(result.dtype, out.dtype, casting=casting):  # type: ignore[arg-type]
-        raise np._core._exceptions._UFuncOutputCastingError(ufunc, casting, result.dtype, out.dtype, 0)  # type: ignore[attr-defined]
-    if isinstance(out, Array):
-        out._overwrite(elementwise.astype(result, out.dtype).node)
-    else:
-        np.copyto(out, running.values_of(result), casting=casting)  # type: ignore[arg-type]
-    return out
-
-
 def _call_reduce(ufunc: np.ufunc, x: Any, outs: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {k: v for k, v in kwargs.items() if not (k == "initial" and v is np._NoValue) and not (k == "where" and v is True)}
     return reductions.reduce_ufunc(ufunc, x, **kwargs, out=outs[0] if outs else None)
@@ -687,7 +672,7 @@ def _fallback(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     single = outs if not isinstance(outs, tuple) else outs[0]
     if isinstance(single, Array):
         rest = {k: v for k, v in kwargs.items() if k != "out"}
-        return _write_out(as_handle(_fallback(func, args, rest)), single, np.positive, "same_kind")
+        return elementwise.write_out(as_handle(_fallback(func, args, rest)), single, np.positive, "same_kind")
     result = func(*lower(tuple(args)), **{k: lower(v) for k, v in kwargs.items()})
     return result if isinstance(single, np.ndarray) and result is single else lift(result)
 
@@ -731,7 +716,7 @@ def _copyto(dst: Any, src: Any, casting: str = "same_kind", where: Any = True) -
     source = as_handle(src)
     if where is not True:
         source = elementwise.where(where, source, dst)
-    _write_out(source, dst, np.positive, casting)
+    elementwise.write_out(source, dst, np.positive, casting)
 
 
 def array_equal(a1: Any, a2: Any, equal_nan: bool = False) -> bool:

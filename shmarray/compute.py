@@ -220,6 +220,8 @@ def run(
         pairs = list(zip(substitute([n for n, _ in pairs], taken), [t for _, t in pairs], strict=True))
     stored = [node for node in everything if isinstance(node, Stored)]
     places = [*(node.storage for node in stored), *(target.storage for _, target in pairs if target.storage is not None)]
+    for place in places:
+        place.require_readable()
     homes = {place.pool for place in places if place.is_spilled}
     # Only the workers of its own pool reach a spill file.
     pool = homes.pop() if len(homes) == 1 else pool or current_pool()

@@ -289,8 +289,8 @@ class BlockOperation:
         """Yield the boxes that ``run`` is given, and then, one after the other, ``add``. If not said otherwise all at once."""
         yield self.needs(at)
 
-    def add(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
-        """Go on with ``out``, which holds what the rounds before came to."""
+    def add(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box, k: int) -> None:
+        """Go on with ``out``, which holds what the rounds before came to, in round ``k`` (the first one, of ``run``, is 0)."""
         raise NotImplementedError
 
     def scratch(self, at: Box) -> int:

@@ -99,6 +99,7 @@ def _lifted(node: Expr, solid: set[Expr]) -> Expr | None:
         else:
             states += count
             done.append((box, part))
+    done.sort(key=lambda found: [(piece.start, piece.stop) for piece in found[0]])  # equal boxes in one order: these share a pass
     maps = tuple(_place(box) for box, _ in done)
     lifted = make(Assemble, node.shape, node.dtype, tuple(part for _, part in done), maps, "-".join(labels), True)
     return None if lifted is node else inherit_line(lifted, node)

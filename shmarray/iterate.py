@@ -25,15 +25,16 @@ import numpy as np
 
 from scheduler.repeat import Prepared, Step, chain, with_pickles
 from scheduler.run import TINY_NBYTES, Pool
-from scheduler.task import ARENA, Address, LockRequest, Plan, Report
+from scheduler.task import ARENA, Address, LockRequest, Outcome, Plan, Report
 from shmarray.chunks import Chunks, default_chunks
 from shmarray.compute import check_inputs, current_pool, run, warn
 from shmarray.config import config
 from shmarray.errors import MemoryBudgetError
-from shmarray.expr import Expr, Stored, make, postorder, user_line
-from shmarray.handle import Handle, as_handle, wrap, wrap_stored
+from shmarray.expr import Expr, InMemory, Stored, make, postorder, user_line
+from shmarray.handle import Handle, as_handle, in_memory, wrap, wrap_stored
 from shmarray.ops.random import stepped
-from shmarray.plan import Target, buffer_of, build_step
+from shmarray.optimise import substitute
+from shmarray.plan import Target, buffer_of, build_step, lock_requests
 from shmarray.region import c_strides
 from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
@@ -139,7 +140,7 @@ def iterate(
     callback : called here with a `Frame`, every ``every`` steps and after the last. The simulation waits for it.
     observe : by name, functions as ``until`` is one, whose results are computed with the step and given to ``callback``.
     scalars : by name, numbers that vary by step: a sequence (one for each step) or a function of the number of the step (``start`` for
-        the first). Floats have the precision of the state. ``step`` is given them by name, as arrays without axes.
+        the first). Python's numbers take the dtype of the state, as in NumPy. ``step`` is given them by name, as arrays without axes.
     start : the number of the first step. A run that goes on from a checkpoint continues exactly.
     out : stored arrays (one, or a tuple) for the result, which may be those of the state: their memory is then one of the two sets.
     scheduler : "processes", "threads" or "synchronous"; None: the first, or, where a step is tiny, this thread.
@@ -165,7 +166,7 @@ def iterate(
     ...     return v
     >>> u = sa.iterate(heat, u, steps=200)
     >>> float(u.sum().compute().round(6)), int(u.argmax().compute())
-    (0.999528, 50)
+    (0.999999, 50)
     """
     if not callable(step):
         raise TypeError(f"iterate() takes the function of a step first, got {type(step).__name__}: {step!r:.80}")
@@ -179,6 +180,8 @@ def iterate(
         raise ValueError(f"iterate(every={every!r}): give a whole number of steps from 1 on")
     if observe and callback is None:
         raise TypeError("iterate(observe=...) computes what a callback= is given; there is none")
+    if not isinstance(start, (int, np.integer)) or start < 0:
+        raise ValueError(f"iterate(start={start!r}): give the number of the first step, a whole number that is not negative")
     arrays = tuple(as_handle(x) for x in state)
     outs = None if out is None else tuple(out) if isinstance(out, (tuple, list)) else (out,)
     _check_outs(outs, arrays)
@@ -188,7 +191,8 @@ def iterate(
     with watch:
         results = loop.run(int(start), None if steps is None else int(steps), int(every), callback, watch)
     if outs is not None:
-        results = tuple(_give(result, place, loop.line) for result, place in zip(results, outs, strict=True))
+        loop.give(results, outs)
+        results = outs
     return results[0] if len(state) == 1 else results
 
 
@@ -202,14 +206,10 @@ def _check_outs(outs: tuple[Any, ...] | None, arrays: tuple[Any, ...]) -> None:
             raise TypeError(f"iterate(out=...) takes stored arrays, got {type(place).__name__}")
         if place.shape != x.shape or place.dtype != x.dtype:
             raise ValueError(f"iterate(out=...) of shape {place.shape}, {place.dtype} for a field of shape {x.shape}, {x.dtype}")
-
-
-def _give(result: Any, place: Any, line: str) -> Any:
-    """Have ``place``, a stored array, be the result; without a copy where both are whole."""
-    is_there = result._storage is place._storage and result._layout == place._layout
-    if not is_there and not (_is_whole(place) and _is_whole(result) and place._storage.exchange(result._storage, line)):
-        place._overwrite(result.node)
-    return place
+    for k, place in enumerate(outs):
+        for n, other in enumerate(outs[:k]):
+            if place._storage is other._storage and place._storage.overlap(place._layout, other._layout):
+                raise ValueError(f"iterate(out=...): arrays {n} and {k} share memory, and cannot hold a field each")
 
 
 def _is_whole(x: Any) -> bool:
@@ -245,18 +245,24 @@ class _Loop:
         self._trace(step, numbers)
         self.plain = self._planned([])
         self.looking = self._planned(self.looks) if self.looks else self.plain
-        own: dict[int, Storage] = {}
-        self.own = own  # storages that may be written
-        self.fields = [self._place(a, k, outs) for k, a in enumerate(arrays)]
-        for place in outs:
-            if _is_whole(place) and place._storage.pool is pool and not place._storage.is_spilled:
-                own.setdefault(place._storage.identity, place._storage)
-        self.scalar_places: list[list[Storage]] = []  # per step of a plan
-        self.look_places = [Storage(pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype)) for n in self.looks]
-        self.plans: dict[Any, Plan] = {}
         nodes = list(postorder([*self.new, *self.looks]))
         self.readers = {x: node for node in nodes for x in node.inputs}
         self.inputs = [node for node in nodes if isinstance(node, Stored) and not node.storage.is_role]
+        # What workers may not reach: see `_reach`. With the copies that stand for it, once it is known that they do not.
+        self.outside = [n for n in nodes if isinstance(n, InMemory) or (n in self.inputs and n.storage.pool is not pool)]
+        self.copies: list[Storage] = []
+        self.is_reached = not self.outside or self.scheduler == "threads"
+        own: dict[int, Storage] = {}
+        self.own = own  # storages that may be written
+        self.fields = [self._place(a, k, outs) for k, a in enumerate(arrays)]
+        read = {id(node.storage) for node in self.inputs}  # by every step, so that it gets the result last
+        for place in outs:
+            if _is_whole(place) and place._storage.pool is pool and not place._storage.is_spilled and id(place._storage) not in read:
+                own.setdefault(place._storage.identity, place._storage)
+        self.scalar_places: list[list[Storage]] = []  # per step of a plan
+        self.look_places = [self._look_place(node) for node in self.looks]
+        self.plans: dict[Any, Plan] = {}
+        self.is_touched = False  # by the steps that run now: buffers may hold neither what they did nor what they will
         self.used = [
             k for k, pair in enumerate(zip(self.plain.scalars, self.looking.scalars, strict=True)) if any(n is not None for n in pair)
         ]
@@ -266,10 +272,15 @@ class _Loop:
     # --- tracing and planning ----------------------------------------------------------------------------------------------
 
     def _trace(self, step: Callable[..., Any], numbers: Iterator[int]) -> None:
-        before = [wrap(_whole(role), chunks) for role, chunks in zip(self.roles, self.chunks, strict=True)]
+        def arrays(nodes: Sequence[Expr]) -> list[Any]:
+            return [
+                wrap(node, chunks) for node, chunks in zip(nodes, self.chunks, strict=True)
+            ]  # of their own: ``u += 1`` is no news to others
+
+        before = [_whole(role) for role in self.roles]
         slots = dict(zip(self.values.names, (wrap(_whole(role)) for role in self.slots[1:]), strict=True))
         with stepped(_whole(self.slots[0])):
-            given = step(*before, **slots)
+            given = step(*arrays(before), **slots)
             results = given if isinstance(given, (tuple, list)) else (given,)
             if len(results) != len(before):
                 raise ValueError(
@@ -285,9 +296,8 @@ class _Loop:
                 if node not in self.new:
                     self.new.append(node)
                 self.sources.append(self.new.index(node))
-            after = [wrap(node, chunks) for node, chunks in zip(nodes, self.chunks, strict=True)]
             for name, function in (*((("until", self.until),) if self.until else ()), *self.observe.items()):
-                look = as_handle(_call(function, after, before))
+                look = as_handle(_call(function, arrays(nodes), arrays(before)))
                 if name == "until" and (look.size != 1 or look.dtype != bool):
                     raise TypeError(
                         f"iterate(until=...) returned an array of shape {look.shape} and {look.dtype}; it must be one boolean: "
@@ -336,11 +346,10 @@ class _Loop:
     def _places_to_run(self) -> tuple[str, ...]:
         """Return where steps may run, what is tried first first: "here" is this thread."""
         plan = self.looking.step.plan
-        if self.scheduler == "synchronous" or self.pool.workers == 0:
-            return ("here",)
-        if self.scheduler is not None or plan.isolated or not 0 <= plan.cost_nbytes() <= SMALL_NBYTES:
+        is_here = self.scheduler == "synchronous" or self.pool.workers == 0
+        if plan.isolated or not 0 <= plan.cost_nbytes() <= SMALL_NBYTES or not (is_here or self.scheduler is None):
             return ("pool",)
-        return ("here", "pool")
+        return ("here",) if is_here else ("here", "pool")
 
     def _batch(self, *, is_short: bool) -> tuple[str, int]:
         """Return where the next steps run, and how many of them at once; ``is_short``: somebody waits for the end."""
@@ -355,6 +364,25 @@ class _Loop:
         if is_short:
             return place, min(MOST, at_once) if place == "pool" else at_once
         return place, max(FEWEST, min(MOST, at_once)) if place == "pool" else max(1, at_once)
+
+    def _reach(self) -> None:
+        """Have copies stand for arrays that lie in this process's own memory, where workers may not reach that."""
+        if self.is_reached:
+            return
+        self.is_reached = True
+        if self.pool.is_driver_reachable:
+            run([in_memory(np.zeros(1))], [Target((1,), np.dtype(float))], "processes", self.pool)  # finds out
+        if self.pool.is_driver_reachable:
+            return
+        self.copies = [Storage(self.pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype)) for n in self.outside]
+        new: dict[Expr, Expr] = {
+            node: make(Stored, copy.shape, copy.dtype, copy, 0, copy.layout.strides, None)
+            for node, copy in zip(self.outside, self.copies, strict=True)
+        }
+        self.new, self.looks = list(substitute(self.new, new)), list(substitute(self.looks, new))
+        self.plain = self._planned([])
+        self.looking = self._planned(self.looks) if self.looks else self.plain
+        self.plans.clear()
 
     # --- buffers -----------------------------------------------------------------------------------------------------------
 
@@ -379,6 +407,16 @@ class _Loop:
             )
         self.own[storage.identity] = storage
         return storage
+
+    def _look_place(self, node: Expr) -> Storage:
+        place = Storage(self.pool, node.shape, node.dtype, default_chunks(node.shape, node.dtype))
+        if place.is_spilled:
+            raise MemoryBudgetError(
+                f"iterate(observe=...) asks for an array of shape {node.shape}, {node.dtype}: its {place.nbytes} bytes do not fit in the "
+                f"memory limit of {self.pool.budget.limit_nbytes} bytes beside the state. Observe reductions or parts of it, or raise "
+                f"memory_limit."
+            )
+        return place
 
     def _next(self, fields: list[Storage]) -> tuple[list[Storage], list[Storage]]:
         """Return (where the next step writes what it computes, where the fields are then)."""
@@ -448,34 +486,68 @@ class _Loop:
     def _state(self) -> tuple[Any, ...]:
         return tuple(wrap_stored(storage, storage.layout, chunks) for storage, chunks in zip(self.fields, self.chunks, strict=True))
 
+    def give(self, results: Sequence[Any], outs: Sequence[Any]) -> None:
+        """Have ``outs``, stored arrays, be the results; without a copy where both are whole and nobody has the result."""
+        known = {place._storage.identity for place in outs}
+        mine = {identity for identity in self.own if identity not in known}  # to be exchanged, each once
+        moves: list[tuple[bool, Any, Any]] = []
+        for result, place in zip(results, outs, strict=True):
+            source = result._storage
+            if source is place._storage and result._layout == place._layout:
+                continue
+            if source.identity in known:  # what lies in another field's place is taken away before that is written
+                source = Storage(self.pool, result.shape, result.dtype, result.chunks)
+                run([result.node], [Target(source.shape, source.dtype, storage=source, layout=source.layout, is_new=True)], None, self.pool)
+                mine.add(source.identity)
+            is_exchanged = source.identity in mine and not source.is_spilled and _is_whole(place)
+            if is_exchanged:
+                mine.discard(source.identity)
+            moves.append((is_exchanged, source, place))
+        for is_exchanged, source, place in sorted(moves, key=lambda move: move[0]):  # copies first: an exchange ends what it takes from
+            with hold_all([(place._storage, place._layout, "w")]):
+                if not (is_exchanged and place._storage.exchange(source, self.line)):
+                    place._overwrite(wrap_stored(source, source.layout).node)
+
     def _advance(self, place: str, first: int, count: int, *, is_look: bool) -> None:
         """Do ``count`` steps from number ``first`` on; with the last of them compute what was asked for, if ``is_look``."""
+        if place == "pool":
+            self._reach()
         self._next(self.fields)  # allocates what is missing, before anything is held
-        uses = [(n.storage, Layout(n.offset, n.shape, n.strides, n.dtype), "r") for n in self.inputs]
+        uses = [(n.storage, _where(n), "r") for n in self.inputs]
         uses += [(s, s.layout, "r") for s in dict.fromkeys(self.fields) if s.identity not in self.own]
         uses += [(s, s.layout, "w") for s in self.own.values()]
         with hold_all(uses):
             check_inputs(self.inputs, self.readers)
+            for node, copy in zip(self.outside, self.copies, strict=False):  # what is there now
+                copy.fill(copy.layout, node.held.array if isinstance(node, InMemory) else node.storage.read(_where(node)))
             for storage in self.fields:
                 storage.check_whole(storage.layout)
             begun: list[Storage] = []
+            self.is_touched = False
             try:
                 for storage in self.own.values():
                     storage.begin_write(stays=True)
                     begun.append(storage)
                 began = time.perf_counter()
-                report = (self._run_here if place == "here" else self._run_chained)(first, count, is_look)
+                report = self._run_here(first, count, is_look) if place == "here" else self._run_chained(first, count, is_look, uses)
                 self.rates[place] = min(self.rates[place], (time.perf_counter() - began) / count)
+                for storage in begun:
+                    storage.mend(storage.layout)  # a step fills all of it
             except BaseException as error:
+                where = f"in step {first}" if count == 1 else f"in steps {first} to {first + count - 1}"
                 with contextlib.suppress(Exception):  # a class that takes no notes
-                    error.add_note(f"in steps {first} to {first + count - 1} of iterate() at {self.line}")
+                    error.add_note(f"{where} of iterate() at {self.line}")
+                for storage in begun if self.is_touched else ():
+                    if storage not in self.fields or (place == "pool" and count > 1):  # one step leaves the state before it as it was
+                        why = f"It was a buffer of iterate() at {self.line}, which {type(error).__name__} ended {where}."
+                        storage.tear(dict.fromkeys(range(math.prod(storage.counts)), why))
                 raise
             finally:
                 for storage in begun:
                     storage.end_write(storage.layout, self.line)
         warn(report)
 
-    def _run_chained(self, first: int, count: int, is_look: bool) -> Report:
+    def _run_chained(self, first: int, count: int, is_look: bool, uses: Sequence[tuple[Storage, Layout, str]]) -> Report:
         """Do the steps as one plan."""
         fields, sequence, key = self.fields, [], []
         for position in range(count):
@@ -496,7 +568,23 @@ class _Loop:
         self.plans[whole] = plan  # the latest last
         while len(self.plans) > KEPT_PLANS:
             del self.plans[next(iter(self.plans))]
-        report = self.pool.run(plan, self.scheduler) if plan.layers else Report()
+        if not plan.layers:  # fields change places, or nothing does
+            self.fields = fields
+            return Report()
+        # Where Ctrl-C leaves tasks behind that still run, these keep, and lock, what they write until they end.
+        locks = lock_requests(use for use in uses if not use[0].is_shared)
+        held = [storage.address(self.pool)[1] for storage, _, _ in uses]
+        plan = replace(
+            plan,
+            locks=locks,
+            keep=(*plan.keep, held, self.look_places, self.scalar_places, self.copies),
+            task_timeout_s=config.task_timeout,
+        )
+        outcome = Outcome()
+        try:
+            report = self.pool.run(plan, self.scheduler, outcome)
+        finally:
+            self.is_touched = outcome.began
         self.fields = fields
         return report
 
@@ -512,18 +600,26 @@ class _Loop:
                 key = (looks, *(id(s) for s in fields))
                 found = prepared.get(key)
                 if found is None:
+                    if looks and self.looks:  # another plan, and the last: it takes the room of the others
+                        for one, _ in prepared.values():
+                            warned.update(dict.fromkeys(one.report().warnings))
+                        prepared.clear()
+                        stack.close()
                     targets, after = self._next(fields)
                     step = self._bound(self.looking if looks else self.plain, fields, targets, 0)
-                    found = prepared[key] = stack.enter_context(Prepared(self.pool, step.plan)), after
-                one, fields = found
+                    beside = next((one for one, _ in prepared.values()), None)
+                    found = prepared[key] = stack.enter_context(Prepared(self.pool, step.plan, beside)), after
+                one, after = found
                 if self.used:
                     values = self.values.at(first + position)
                     for k in self.used:
                         slots[k][...] = values[k]
+                self.is_touched = True
                 one.run()
+                self.fields = fields = after
+                self.is_touched = False
             for one, _ in prepared.values():
                 warned.update(dict.fromkeys(one.report().warnings))
-        self.fields = fields
         return Report(tuple(warned))
 
 
@@ -533,15 +629,19 @@ class _Scalars:
     def __init__(self, given: Mapping[str, Any], kind: np.dtype[Any], start: int) -> None:
         self.names = tuple(given)
         self.given = tuple(given.values())
-        weak = np.result_type(kind, 0.0)  # a Python float beside arrays of the state
         self.dtypes = [np.dtype(np.int64)]
         for name, value in given.items():
             if not callable(value) and np.ndim(value) != 1:
                 raise TypeError(f"iterate(scalars={{{name!r}: ...}}) takes a function of the step's number, or one number for each step")
-            sample = np.asarray(value(start) if callable(value) else value)
-            if callable(value) and sample.ndim:
-                raise TypeError(f"iterate(scalars={{{name!r}: ...}}) gave an array of shape {sample.shape} for a step; it takes one number")
-            self.dtypes.append(sample.dtype if sample.dtype.kind != "f" or isinstance(value, np.ndarray) else weak)
+            # Of a list the first number, as it is beside the others: of 1 and 0.5 it is 1.0.
+            sample: Any = value(start) if callable(value) else value if isinstance(value, np.ndarray) else np.asarray([*value, 0])[0].item()
+            if callable(value) and np.ndim(sample):
+                raise TypeError(
+                    f"iterate(scalars={{{name!r}: ...}}) gave an array of shape {np.shape(sample)} for a step; it takes one number"
+                )
+            # Python's numbers have the dtype that they would have beside arrays of the state.
+            is_weak = isinstance(sample, (int, float, complex)) and not isinstance(sample, bool)
+            self.dtypes.append(np.result_type(kind, sample) if is_weak else np.asarray(sample).dtype)
 
     def at(self, step: int) -> list[Any]:
         """Return the numbers of a step."""
@@ -558,6 +658,10 @@ class _Scalars:
 
 def _whole(role: _Role) -> Stored:
     return make(Stored, role.shape, role.dtype, role, 0, c_strides(role.shape, role.dtype.itemsize), None)
+
+
+def _where(node: Stored) -> Layout:
+    return Layout(node.offset, node.shape, node.strides, node.dtype)
 
 
 def _call(function: Callable[..., Any], after: list[Any], before: list[Any]) -> Any:

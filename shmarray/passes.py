@@ -55,7 +55,8 @@ class Making:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Memory nodes that are computed together: reductions of one space and elementwise nodes of that shape, or one node of another kind."""
+    """Memory nodes that are computed together: reductions of one space and elementwise nodes of that shape, assemblies of pieces in the
+    same places, or one node of another kind."""
 
     nodes: tuple[Expr, ...]
     level: int  # how many passes lie below, one above the other
@@ -76,7 +77,7 @@ class Pass:
 
     @property
     def is_other(self) -> bool:
-        """Whether this is one node that is neither a reduction nor elementwise."""
+        """Whether these are neither reductions nor elementwise."""
         return isinstance(self.nodes[0], (Scan, Accumulate, Block, Assemble, Foreign))
 
 
@@ -163,9 +164,12 @@ def _passes(division: Division, nodes: list[Expr]) -> Iterator[Pass]:
 def _of_one_level(division: Division, nodes: list[Expr], level: int) -> Iterator[Pass]:
     groups: dict[Any, list[Expr]] = {}
     spaces: dict[Any, list[Expr]] = {}
+    boxes: dict[Any, list[Expr]] = {}
     for node in nodes:
         if isinstance(node, Reduction):
             groups.setdefault((node.x.shape, division.reads_made(node), node.axes), []).append(node)
+        elif isinstance(node, Assemble) and node.disjoint:
+            boxes.setdefault((node.shape, node.maps), []).append(node)
         elif isinstance(node, (Scan, Accumulate, Block, Assemble, Foreign)):
             yield Pass((node,), level)
         else:
@@ -178,7 +182,7 @@ def _of_one_level(division: Division, nodes: list[Expr], level: int) -> Iterator
             along = [m for m in spaces.get(key, ()) if read & sources[m]]
             spaces[key] = [m for m in spaces.get(key, ()) if m not in along]
             yield Pass((*cluster, *along), level)
-    for mapped in spaces.values():
+    for mapped in (*boxes.values(), *spaces.values()):
         for cluster in _clusters([(m, sources[m]) for m in mapped]):
             yield Pass(tuple(cluster), level)
 
@@ -250,7 +254,7 @@ def _misfits(division: Division) -> set[Expr]:
                 found.add(n)
         found.update(_at_odds({n: division.made[n] for n in here}))
 
-    for node in (*(p.nodes[0] for p in division.passes if p.is_other), *division.made):
+    for node in (*(n for p in division.passes if p.is_other for n in p.nodes), *division.made):
         if isinstance(node, Block):
             for k, arg in enumerate(node.args):
                 read((node, k), division.made_below(arg), arg.shape)

@@ -528,7 +528,9 @@ class _Builder:
             case Block() | Foreign():
                 self._emit_source(node, place)
             case Assemble():
-                self._emit_assembly(node, place)
+                if not self._emit_parts(maps):
+                    for each, out in maps:
+                        self._emit_assembly(each, out)
             case _:
                 self.space = one.shape, None
                 self._emit_map(maps)
@@ -786,10 +788,9 @@ class _Builder:
         )
         self.operands.setdefault(node, out)
 
-    def _emit_assembly(self, node: Assemble, out: Operand) -> None:
+    def _emit_assembly(self, node: Expr, out: Operand) -> None:
         """The pieces write straight into their part."""
-        if self._emit_parts(node, out):
-            return
+        assert isinstance(node, Assemble)
         first = len(self.layers)
         for piece, map in zip(node.pieces, node.maps, strict=True):
             if math.prod(map.shape) == 0:
@@ -817,45 +818,46 @@ class _Builder:
             )
         self.operands.setdefault(node, out)
 
-    def _emit_parts(self, node: Assemble, out: Operand) -> bool:
-        """One layer for pieces that lie side by side; False where there are many, or something made in the task gives one its tiles."""
-        straight = tuple((a, 1) for a in range(node.ndim))
-        pieces = [(piece, map) for piece, map in zip(node.pieces, node.maps, strict=True) if math.prod(map.shape)]
-        if not node.disjoint or not pieces or len(pieces) > MOST_BOXES or any(map.axes != straight for _, map in pieces):
+    def _emit_parts(self, members: list[tuple[Expr, Operand]]) -> bool:
+        """One layer for assemblies of pieces in the same places, side by side; False where there are many, or something made in the
+        task gives one its tiles."""
+        nodes = [node for node, _ in members if isinstance(node, Assemble)]
+        shape, maps = nodes[0].shape, nodes[0].maps
+        straight = tuple((a, 1) for a in range(len(shape)))
+        filled = [k for k, map in enumerate(maps) if math.prod(map.shape)]
+        if not nodes[0].disjoint or not 0 < len(filled) <= MOST_BOXES or any(maps[k].axes != straight for k in filled):
             return False
-        largest = max(range(len(pieces)), key=lambda k: math.prod(pieces[k][1].shape))
-        programs: list[Program] = []
-        for k, (piece, map) in enumerate(pieces):
-            writer = ProgramWriter(self.operand, map.shape)
-            writer.store(writer.add(piece), out.view(map))
-            programs.append(writer.program())
-            if programs[-1].made:
+        largest = max(filled, key=lambda k: math.prod(maps[k].shape))
+        writers = {k: ProgramWriter(self.operand, maps[k].shape) for k in filled}
+        for k, writer in writers.items():
+            for node, (_, out) in zip(nodes, members, strict=True):
+                writer.store(writer.add(node.pieces[k]), out.view(maps[k]))
+            if any(operand.source is not None for operand in writer.operands):
                 return False
-            if k == largest:
-                rate = writer.rate
-        order = memory_order(programs[largest].operands, node.ndim)
-        axes = order or tuple(range(node.ndim))
-        programs = [program.permuted(axes) for program in programs]
-        places = tuple(tuple(slice(map.offsets[a], map.offsets[a] + map.shape[a]) for a in axes) for _, map in pieces)
-        whole = out.permuted(axes)
+        programs = {k: writer.program() for k, writer in writers.items()}
+        order = memory_order(programs[largest].operands, len(shape))
+        axes = order or tuple(range(len(shape)))
         across = crossing_axes(programs[largest].operands) if order is None else None
-        grid = map_grid(whole.shape, across, MOST_PARTS_TILES)
-        kernels = tuple(MapKernel(program, part_grid(grid, place)) for program, place in zip(programs, places, strict=True))
-        loads = [(load, place) for program, place in zip(programs, places, strict=True) for load in program.loads]
+        grid = map_grid(tuple(shape[a] for a in axes), across, MOST_PARTS_TILES)
+        places = [tuple(slice(maps[k].offsets[a], maps[k].offsets[a] + maps[k].shape[a]) for a in axes) for k in filled]
+        parts = tuple(MapKernel(programs[k].permuted(axes), part_grid(grid, place)) for k, place in zip(filled, places, strict=True))
+        outs = tuple(out.permuted(axes) for _, out in members)
+        loads = [(load, place) for part, place in zip(parts, places, strict=True) for load in part.program.loads]
+        labels = dict.fromkeys(node.name for node in nodes)
         self._add(
             _LayerDraft(
-                PartsKernel(kernels, places, grid, (whole,)),
+                PartsKernel(parts, tuple(places), grid, outs),
                 grid.ntasks,
-                "-".join(filter(None, [node.name, self._layer_name([pieces[largest][0]], "")])),
-                line_of(node),
+                "-".join(filter(None, [*labels, self._layer_name([node.pieces[largest] for node in nodes], "")])),
+                line_of(nodes[-1]),
                 grid,
                 tuple(load for load, _ in loads),
-                (whole,),
-                max(1, rate * grid.items_per_task),
+                outs,
+                writers[largest].cost(grid),
                 places=tuple(place for _, place in loads),
             )
         )
-        self.operands.setdefault(node, out)
+        self.operands.update((node, out) for node, out in members if node not in self.operands)
         return True
 
     # --- made within the task --------------------------------------------------------------------------------------------
@@ -1255,6 +1257,8 @@ def _pass_key(node: Expr) -> tuple[Any, ...]:
     """Return what memory nodes have in common that share a pass: the space first."""
     if isinstance(node, Reduction):
         return (node.x.shape, node.axes)
+    if isinstance(node, Assemble) and node.disjoint:
+        return ((node.shape, node.maps),)
     return (node.shape,) if isinstance(node, Elementwise) else (node, None)
 
 

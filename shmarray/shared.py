@@ -17,8 +17,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sized
-from typing import Any
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 NDArray = np.ndarray[Any, Any]
+T = TypeVar("T")
 
 
 def array(obj_or_shape: Any, dtype: Any = None, chunks: Any = None) -> SharedArray:
@@ -251,18 +252,33 @@ def lock(array: Any, chunk: Any = None, mode: str = "w", timeout: float | None =
 
 def _dtype_of(code: Any) -> np.dtype[Any]:
     """Return the dtype of what `multiprocessing.Value` and `Array` take: a typecode, a ctypes type; or anything that NumPy takes."""
-    if code == "u":
+    if code == "u" or code is ctypes.c_wchar:
         return np.dtype("<U1")
     if code == "c" or code is ctypes.c_char:
         return np.dtype("S1")
-    dtype: np.dtype[Any] = np.dtype(code)
+    try:
+        dtype: np.dtype[Any] = np.dtype(code)
+    except TypeError:
+        raise TypeError(
+            f"{code!r} is not a type of numbers: Value and Array take a typecode of `array`, a ctypes type or a dtype"
+        ) from None
     if dtype.hasobject or dtype.itemsize == 0:
         raise TypeError(f"{code!r} is not a type of numbers or single characters, as Value and Array share")
     return dtype
 
 
+def _alone(numbers: Value | Array, act: Callable[[], T]) -> T:
+    """Return ``act()``, done while nobody else has the lock of what it changes."""
+    if numbers._own is None:
+        return numbers._lease.alone(act)
+    with numbers._own:
+        return numbers._lease.alone(act)
+
+
 class Value:
     """A number that processes share. What `multiprocessing.Value` is, and can be pickled, and adds without a lock of yours.
+
+    ``lock`` may be a lock of your own, such as a `multiprocessing.Lock` for several of them; it is then what `get_lock` returns.
 
     >>> from shmarray import shared
     >>> n = shared.Value("i", 3)
@@ -272,20 +288,21 @@ class Value:
     5
     """
 
-    __slots__ = ("_lease", "_lock", "_number", "_single")
+    __slots__ = ("_lease", "_lock", "_number", "_own", "_single")
 
     def __init__(self, dtype: Any, initial: Any = 0, *, lock: Any = True) -> None:
         made = allocate((), _dtype_of(dtype))
         made[()] = initial
-        self._use(made)
+        self._use(made, _lock_given(lock))
 
-    def _use(self, number: SharedArray) -> None:
+    def _use(self, number: SharedArray, own: Any = None) -> None:
         lease = lease_of(number)
         assert lease is not None
         self._lease = lease
         self._number = number.view(np.ndarray)
         self._single = number.itemsize <= 8  # one store, or one load: whole without a lock
-        self._lock: Lock | None = None
+        self._lock: Any = own
+        self._own = own  # the lock that the user gave, or None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -296,21 +313,22 @@ class Value:
     @property
     def value(self) -> Any:
         """The number, as a Python object. Reading does not wait; setting waits for whoever holds the lock."""
-        return self._number.item() if self._single else self._lease.alone(self._number.item)
+        return self._number.item() if self._single else _alone(self, self._number.item)
 
     @value.setter
     def value(self, value: Any) -> None:
-        self._lease.alone(lambda: self._number.__setitem__((), value))
+        _alone(self, lambda: self._number.__setitem__((), value))
 
-    def get_lock(self) -> Lock:
-        """Return its lock, for ``with``: what is done inside is one step for all processes."""
+    def get_lock(self) -> Any:
+        """Return its `Lock`, or the lock that was given, for ``with``: what is done inside is one step for all processes."""
         if self._lock is None:
             self._lock = Lock(over(self._lease, (), self.dtype))
         return self._lock
 
     def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
         """Take the lock of `get_lock`."""
-        return self.get_lock().acquire(block, timeout)
+        taken: bool = self.get_lock().acquire(block, timeout)
+        return taken
 
     def release(self) -> None:
         """Give it back."""
@@ -331,7 +349,7 @@ class Value:
                 number += n
             return number.item()
 
-        return self._lease.alone(do)
+        return _alone(self, do)
 
     def max(self, n: Any) -> Any:
         """Make it ``n`` if that is larger, and return what it is then."""
@@ -343,7 +361,7 @@ class Value:
                 return self._number.item()
             return now
 
-        return self._lease.alone(do)
+        return _alone(self, do)
 
     def compare_and_set(self, old: Any, new: Any) -> bool:
         """Make it ``new`` and return True if it is ``old``; else leave it and return False."""
@@ -354,10 +372,10 @@ class Value:
             self._number[()] = new
             return True
 
-        return self._lease.alone(do)
+        return _alone(self, do)
 
     def __reduce__(self) -> Any:
-        return _made_over, (Value, over(self._lease, (), self.dtype))
+        return _made_over, (Value, over(self._lease, (), self.dtype), *([self._own] if self._own is not None else ()))
 
     def __repr__(self) -> str:
         return f"shared.Value({self.dtype.str!r}, {self.value!r})"
@@ -366,18 +384,27 @@ class Value:
 class Array:
     """Numbers that processes share, under one lock. What `multiprocessing.Array` is, and can be pickled.
 
-    Items are Python numbers, slices are lists, ``value`` and ``raw`` are the bytes of an array of "c". `get_obj` gives the NumPy
-    array, without the lock.
+    Items are Python numbers, slices are lists, ``value`` and ``raw`` are the bytes of an array of "c". Of a structure, an item is a
+    `numpy.record`, whose fields can be set: ``a[0].x = 1``. `get_obj` gives the NumPy array, which no lock guards.
+
+    ``lock`` may be a lock of your own, as for `Value`; with False there is none, and you get the NumPy array itself.
     """
 
-    __slots__ = ("_array", "_lease", "_lock")
+    __slots__ = ("_array", "_lease", "_lock", "_own")
+
+    def __new__(cls, typecode: Any = None, size_or_initializer: Any = None, *, lock: Any = True) -> Any:
+        return cls._numbers(typecode, size_or_initializer) if lock is False else object.__new__(cls)
 
     def __init__(self, typecode: Any, size_or_initializer: Any, *, lock: Any = True) -> None:
+        self._use(self._numbers(typecode, size_or_initializer), _lock_given(lock))
+
+    @staticmethod
+    def _numbers(typecode: Any, size_or_initializer: Any) -> SharedArray:
         dtype = _dtype_of(typecode)
         if isinstance(size_or_initializer, (int, np.integer)):
             made = zeros(int(size_or_initializer), dtype)
         else:
-            if not isinstance(size_or_initializer, (Sized, np.ndarray)):
+            if isinstance(size_or_initializer, str) or not isinstance(size_or_initializer, (Sized, np.ndarray)):
                 size_or_initializer = list(size_or_initializer)
             if dtype.kind == "S" and isinstance(size_or_initializer, (bytes, bytearray)):
                 values: NDArray = np.frombuffer(size_or_initializer, dtype)
@@ -387,21 +414,22 @@ class Array:
                 raise ValueError(f"shared.Array has one axis, as that of multiprocessing; of shape {values.shape} make a shared.array")
             made = allocate(values.shape, dtype, -1)
             fill(made, values)
-        self._use(made)
+        return made
 
-    def _use(self, array: SharedArray) -> None:
+    def _use(self, array: SharedArray, own: Any = None) -> None:
         lease = lease_of(array)
         assert lease is not None
         self._array = array
         self._lease = lease
-        self._lock: Lock | None = None
+        self._lock: Any = own
+        self._own = own
 
     def get_obj(self) -> SharedArray:
         """Return the NumPy array, which no lock guards."""
         return self._array
 
-    def get_lock(self) -> Lock:
-        """Return the lock of all of it, for ``with``."""
+    def get_lock(self) -> Any:
+        """Return the `Lock` of all of it, or the lock that was given, for ``with``."""
         if self._lock is None:
             self._lock = Lock(self._array)
         return self._lock
@@ -418,8 +446,12 @@ class Array:
         found = np.ndarray.__getitem__(self._array, key)
         is_text = self._array.dtype.kind == "S"  # of which `tolist` would drop zeros
         if not isinstance(key, slice):
+            if found.dtype.names:
+                return self._array.view(np.recarray)[key]
             return found.tobytes() if is_text else found.item()
         with self.get_lock():
+            if self._array.dtype.kind == "U":
+                return found.tobytes().decode("utf-32")
             return found.tobytes() if is_text else found.tolist()
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -431,7 +463,7 @@ class Array:
             with self.get_lock():
                 self._array[key] = values
         else:
-            self._lease.alone(lambda: self._array.__setitem__(key, value))
+            _alone(self, lambda: self._array.__setitem__(key, value))
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -459,16 +491,25 @@ class Array:
         self.raw = value + b"\0" if len(value) < self._array.nbytes else value
 
     def __reduce__(self) -> Any:
-        return _made_over, (Array, self._array)
+        return _made_over, (Array, self._array, *([self._own] if self._own is not None else ()))
 
     def __repr__(self) -> str:
         return f"shared.Array({self._array.dtype.str!r}, {self._array.tolist()!r})"
 
 
-def _made_over(kind: type[Value] | type[Array], array: SharedArray) -> Value | Array:
+def _lock_given(lock: Any) -> Any:
+    """Return the lock that the user brought, or None. Raises TypeError for what is neither a lock nor a bool."""
+    if isinstance(lock, bool):
+        return None
+    if not hasattr(lock, "acquire"):
+        raise TypeError(f"lock={lock!r}: it is True, False or a lock, which has acquire and release")
+    return lock
+
+
+def _made_over(kind: type[Value] | type[Array], array: SharedArray, own: Any = None) -> Value | Array:
     """Return a `Value` or `Array` over what has arrived."""
-    made = kind.__new__(kind)
-    made._use(array)
+    made: Value | Array = object.__new__(kind)
+    made._use(array, own)
     return made
 
 

@@ -103,6 +103,9 @@ class SharedArray(np.ndarray[Any, Any]):
         plain = np.asarray(array)
         return plain[()] if return_scalar else plain
 
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return _plain(super().__array_function__(func, types, args, kwargs))  # np.zeros_like(a) would look shared, and not be
+
     def __getitem__(self, key: Any) -> Any:
         found = np.ndarray.__getitem__(self, key)
         return found.view(np.ndarray) if type(found) is SharedArray and lease_of(found) is None else found
@@ -151,6 +154,27 @@ def reduced(array: NDArray, lease: Lease, handle: bytes) -> tuple[Any, ...]:
     layout = layout_of(array, lease)
     dtype = None if layout.dtype == form.dtype else layout.dtype
     return _arrive, (handle, layout.offset, layout.shape, layout.strides, dtype, array.flags.writeable)
+
+
+def _plain(found: Any) -> Any:
+    """Return what NumPy made, arrays with memory of their own as ordinary ones."""
+    if type(found) is SharedArray:
+        return found if lease_of(found) is not None else found.view(np.ndarray)
+    return type(found)(map(_plain, found)) if type(found) in (tuple, list) else found
+
+
+def _plain_method(name: str) -> Any:
+    method = getattr(np.ndarray, name)
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _plain(method(self, *args, **kwargs))
+
+    return call
+
+
+for _name in ("argmax", "argmin", "argpartition", "argsort", "byteswap", "choose", "compress", "dot", "repeat", "take"):
+    setattr(SharedArray, _name, _plain_method(_name))  # those that do not ask __array_wrap__
 
 
 _lock_type: list[Any] = []  # `shared` puts its own here, which stands above

@@ -161,6 +161,11 @@ class Storage:
         """Whether the bytes lie in the spill file."""
         return self.extent.address.segment == SPILL
 
+    def require_readable(self) -> None:
+        """Raise SpillError where this process cannot read what is spilled: in a forked child, or when the pool was closed."""
+        if self.is_spilled and self.pool.memory.spill is not None:
+            self.pool.memory.spill.require_usable()
+
     def array(self, layout: Layout) -> NDArray:
         """Return the live, writable bytes in this process. Not for users: nothing guards it. Not for what is spilled: see `read`."""
         assert not self.is_spilled, self.shape
@@ -173,6 +178,7 @@ class Storage:
         """
         if not self.is_spilled:
             return self.array(layout)
+        self.require_readable()
         limit = self.pool.budget.limit_nbytes
         if layout.nbytes > limit:
             raise MemoryBudgetError(
@@ -314,10 +320,12 @@ class Storage:
     def exchange(self, other: Storage, line: str) -> bool:
         """Have each the bytes of the other, with the views lent out over them; False, and nothing done, where that cannot be.
 
-        It is a write of this array, at the user's line. Both have one shape and dtype; the caller holds its write locks, and nobody else
-        knows of the other.
+        It is a write of both, at the user's line. They have one shape and dtype; the caller holds this one's write locks, and nobody
+        who still cares for its values knows of the other.
         """
-        if self.pool is not other.pool or self.is_shared or other.is_shared or self._windows or other._windows:
+        if self.pool is not other.pool or self.is_shared or other.is_shared:
+            return False
+        if self._windows or other._windows or self.torn or other.torn:
             return False
         first, second = sorted((self, other), key=lambda storage: storage.identity)
         with first._mutex, second._mutex:
@@ -326,6 +334,7 @@ class Storage:
             self.extent, other.extent = other.extent, self.extent
             self._leases, other._leases = other._leases, self._leases
             self._note(self.layout, line)
+            other._note(other.layout, line)
             return True
 
     def changed_since(self, version: int, layout: Layout) -> str | None:

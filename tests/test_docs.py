@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,26 @@ def test_the_examples_of_a_guide_run(page: Path) -> None:
     result = doctest.testfile(str(page), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted >= 5
     assert result.failed == 0
+
+
+def scripts(page: Path) -> list[str]:
+    """Return the blocks of a page that are whole programs; the others are for doctest."""
+    return [text for text in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S) if ">>>" not in text]
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if scripts(page)], ids=lambda p: p.name)
+def test_the_programs_of_a_guide_print_what_it_says(page: Path, tmp_path: Path) -> None:
+    for i, text in enumerate(scripts(page)):
+        (tmp_path / f"program{i}.py").write_text(text)
+        done = subprocess.run(
+            [sys.executable, tmp_path / f"program{i}.py"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert (done.returncode, done.stderr) == (0, ""), text
+        assert done.stdout.splitlines() == re.findall(r"^ *print\(.*\)  # (.*)$", text, re.M) != [], text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

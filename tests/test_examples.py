@@ -16,6 +16,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 CASES = {  # file -> (arguments, the packages it needs, what it must print)
     "quickstart.py": ((), (), "451.0"),
     "land_mask.py": (("--small",), ("global_land_mask", "matplotlib"), "every number agrees with NumPy"),
+    "shared_simulation.py": (("--small",), (), "have the same bits"),
+    "shared_data_processing.py": (("--small",), (), "every mean agrees with NumPy"),
+    "shared_minibatches.py": (("--small",), ("sklearn",), "learns the same weights, to the bit"),
+    "shared_search.py": (("--small",), (), "dynamic programming finds the same value"),
     "galaxies.py": ((), ("skimage", "matplotlib"), "scikit-image finds the same"),
     "image_pipeline.py": ((), ("skimage",), "one frame after the other"),
 }

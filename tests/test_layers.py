@@ -57,9 +57,9 @@ templates partial npy progress
 compute watching
 explain checkpoint stages
 pipeline
-ops.elementwise ops.random
+ops.elementwise ops.random ops.gather
 ops.shaping
-ops.creation ops.reductions ops.blocks
+ops.creation ops.reductions ops.blocks ops.lines
 ops.linalg ops.accumulators ops.padding ops.overlap iterate
 array
 __init__ doctor

@@ -93,12 +93,13 @@ class BlockSource:
         readers = [_reader(program, result, context) for program, result in zip(self.inputs, self.results, strict=True)]
 
         def fill(out: NDArray, at: Box) -> None:
-            step = operation.run
             try:
-                for needs in operation.rounds(at):
+                for k, needs in enumerate(operation.rounds(at)):
                     values = tuple([read(box) for read, box in zip(readers, needs, strict=True)])
-                    step(out, values, at)
-                    step = operation.add
+                    if k:
+                        operation.add(out, values, at, k)
+                    else:
+                        operation.run(out, values, at)
             except Exception as error:  # the layer's name, line and task may be those of what is made of this
                 _note(error, f"in {self.label(at)} of {operation.name!r}", self.line)
                 raise

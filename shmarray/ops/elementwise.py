@@ -20,7 +20,7 @@ from shmarray.handle import Handle, as_handle, as_node, value_of, wrap
 from shmarray.ops.table import ROWS, row_for
 from shmarray.region import broadcast_shape
 
-__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "current_errstate", "isclose", "nan_to_num", "power", "round", "where"]
+__all__ = ["ELEMENTWISE", "apply", "astype", "clip", "current_errstate", "isclose", "nan_to_num", "power", "round", "where", "write_out"]
 
 _DEFAULT_ERRSTATE = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 
@@ -125,17 +125,17 @@ def clip(a: Any, a_min: Any = None, a_max: Any = None, out: Any = None, *, min: 
     """Return ``a`` limited to [``a_min``, ``a_max``]; either may be None. ``min=`` and ``max=`` are accepted as well."""
     a_min, a_max = a_min if min is None else min, a_max if max is None else max
     if a_min is None and a_max is None:
-        return _into(value_of(as_handle(a)), out)
+        return write_out(value_of(as_handle(a)), out)
     if a_min is None:
-        return _into(apply("minimum", a, a_max), out)
+        return write_out(apply("minimum", a, a_max), out)
     if a_max is None:
-        return _into(apply("maximum", a, a_min), out)
-    return _into(apply("clip", a, a_min, a_max), out)
+        return write_out(apply("maximum", a, a_min), out)
+    return write_out(apply("clip", a, a_min, a_max), out)
 
 
 def round(a: Any, decimals: int = 0, out: Any = None) -> Any:
     """Return ``a`` rounded to ``decimals`` places, halves to even."""
-    return _into(apply("round", a, decimals=int(decimals)), out)
+    return write_out(apply("round", a, decimals=int(decimals)), out)
 
 
 def isclose(a: Any, b: Any, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False) -> Any:
@@ -148,18 +148,27 @@ def nan_to_num(x: Any, copy: bool = True, nan: float = 0.0, posinf: float | None
     return apply("nan_to_num", x, nan=nan, posinf=posinf, neginf=neginf)
 
 
-def _into(result: Any, out: Any) -> Any:
-    """Return ``out``, a stored array or a NumPy array, with the result written into it; the result itself without one."""
+def write_out(result: Any, out: Any, ufunc: np.ufunc = np.positive, casting: str = "same_kind") -> Any:
+    """Return ``out``, an `Array` or a NumPy array, with the result written into it by NumPy's rules; the result itself without one.
+
+    Raises TypeError for what is no array, for dtypes that ``casting`` forbids (``ufunc`` is named then), and ValueError for shapes.
+    """
     if isinstance(out, tuple):
         (out,) = out
     if out is None:
         return result
     if not isinstance(out, (Handle, np.ndarray)):
         raise TypeError(f"return arrays must be of ArrayType: out= is {type(out).__name__}")
-    if not np.can_cast(result.dtype, out.dtype, casting="same_kind"):
-        raise TypeError(f"Cannot cast output from {result.dtype!r} to {out.dtype!r} with casting rule 'same_kind'")
+    result = as_handle(result)
+    if broadcast_shape(result.shape, out.shape) != out.shape:
+        raise ValueError(f"non-broadcastable output operand with shape {out.shape} doesn't match the broadcast shape {result.shape}")
+    if not np.can_cast(result.dtype, out.dtype, casting=casting):  # type: ignore[arg-type]
+        raise np._core._exceptions._UFuncOutputCastingError(ufunc, casting, result.dtype, out.dtype, 0)  # type: ignore[attr-defined]
     target: Any = out
-    target[...] = result if isinstance(out, Handle) else result.compute()
+    if isinstance(out, Handle):
+        target._overwrite(astype(result, out.dtype).node)
+    else:
+        np.copyto(target, result.compute(), casting=casting)  # type: ignore[arg-type]
     return out
 
 
@@ -177,7 +186,7 @@ def _function(name: str) -> Callable[..., Any]:
         params = inspect.signature(row.numpy).bind(*args, **kwargs).arguments
         operands = [params.pop(k) for k in list(inspect.signature(row.numpy).parameters)[: row.nin]]
         out = params.pop("out", None)
-        return _into(apply(name, *operands, **params), out)
+        return write_out(apply(name, *operands, **params), out)
 
     if isinstance(row.numpy, np.ufunc) and row.nout == 1:
         function.at = row.numpy.at  # type: ignore[attr-defined]  # as NumPy's ufunc has it; it finds `Array.__array_ufunc__`

@@ -98,7 +98,7 @@ class _MatMul(BlockOperation):
             piece = slice(low, min(low + DEPTH_ITEMS, self.a[-1]))
             yield (*_batch(at, self.a), at[-2], piece), (*_batch(at, self.b), piece, at[-1])
 
-    def add(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box) -> None:
+    def add(self, out: np.ndarray[Any, Any], inputs: tuple[np.ndarray[Any, Any], ...], at: Box, k: int) -> None:
         more = np.empty(out.shape, out.dtype)
         self.run(more, inputs, at)
         np.add(out, more, out=out)  # of bool it is the logical or, as matmul's

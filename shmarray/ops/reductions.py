@@ -13,8 +13,8 @@ import numpy as np
 
 from shmarray.chunks import Chunks
 from shmarray.expr import Expr, Reduction, Scan, View, make
-from shmarray.handle import Handle, as_handle, in_memory, wrap
-from shmarray.ops.elementwise import apply, cast, current_errstate, where
+from shmarray.handle import as_handle, in_memory, wrap
+from shmarray.ops.elementwise import apply, cast, current_errstate, where, write_out
 from shmarray.ops.reductions_table import REDUCTIONS
 from shmarray.ops.shaping import broadcast_to, ravel
 from shmarray.region import IndexMap, axis_tuple
@@ -31,6 +31,7 @@ __all__ = [
     "count_nonzero",
     "cumprod",
     "cumsum",
+    "diff",
     "max",
     "mean",
     "min",
@@ -100,14 +101,8 @@ def _like(function: Any, x: Any, **kwargs: Any) -> np.dtype[Any]:
 
 
 def _into(result: Any, out: Any) -> Any:
-    """Return the result, written into ``out`` where that is given."""
-    if out is None:
-        return result
-    if isinstance(out, tuple):
-        (out,) = out
-    target: Any = out
-    target[...] = cast(result, target.dtype) if isinstance(out, Handle) else result.compute()
-    return out
+    """Return the result, written into ``out`` where that is given: reductions cast to whatever that is, in NumPy as well."""
+    return write_out(result, out, casting="unsafe")
 
 
 def _masked(x: Any, where_mask: Any, fill: Any) -> Any:
@@ -421,3 +416,24 @@ def cumsum(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
 def cumprod(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
     """Return the running product along ``axis`` (None: of the flattened array)."""
     return _cumulative(np.multiply, a, axis, dtype, out)
+
+
+def diff(a: Any, n: int = 1, axis: int = -1) -> Any:
+    """Return the ``n``-th differences of neighbours along ``axis``, which becomes ``n`` shorter; of bool, whether they differ.
+
+    Raises ValueError for an array without axes and for a negative ``n``.
+
+    >>> import shmarray as sa
+    >>> sa.diff(sa.asarray([1, 4, 9, 16])).compute()
+    array([3, 5, 7])
+    """
+    x = as_handle(a)
+    if n < 0:
+        raise ValueError(f"order must be non-negative but got {n!r}")
+    if not x.ndim:
+        raise ValueError("diff requires input that is at least one dimensional")
+    (only,) = axis_tuple(axis, x.ndim)
+    before = (slice(None),) * only
+    for _ in range(n):
+        x = apply("not_equal" if x.dtype.kind == "b" else "subtract", x[(*before, slice(1, None))], x[(*before, slice(None, -1))])
+    return x

@@ -19,8 +19,11 @@ from shmarray.dtypes import cast_dtype
 from shmarray.expr import Assemble, Expr, Reshape, View, make
 from shmarray.handle import Handle, as_handle, value_of, wrap, wrap_stored
 from shmarray.ops.elementwise import cast
+from shmarray.ops.gather import gather, spilling_pool
 from shmarray.region import IndexMap, axis_tuple, broadcast_shape, identity_map, index_map, reshape_strides, resolve_shape
 from shmarray.storage import Layout
+
+NDArray = np.ndarray[Any, Any]
 
 __all__ = [
     "atleast_1d",
@@ -103,9 +106,48 @@ def getitem(x: Any, key: Any) -> Any:
 
 
 def _fancy(x: Any, key: Any) -> Any:
-    """One call of NumPy on the whole: how many elements a mask picks must be counted anyway."""
+    """One call of NumPy on the whole: how many elements a mask picks must be counted anyway. Of what is spilled, rows along one axis."""
+    rows = _rows_of(x, key) if spilling_pool(x) is not None else None
+    if rows is not None:
+        return _gathered(*rows)
     parts = tuple(np.asarray(p) if isinstance(p, Handle) else p for p in (key if isinstance(key, tuple) else (key,)))
     return as_handle(np.asarray(x)[parts if isinstance(key, tuple) else parts[0]])
+
+
+def _rows_of(x: Any, key: Any) -> tuple[Any, NDArray, int] | None:
+    """Return (array, index, axis) of a key of slices and one array of integers, or one mask of one axis; None: it is another."""
+    parts = [np.asarray(p) if isinstance(p, (Handle, list)) else p for p in (key if isinstance(key, tuple) else (key,))]
+    at = [k for k, p in enumerate(parts) if isinstance(p, np.ndarray)]
+    if len(at) != 1 or any(not isinstance(p, slice) and p is not Ellipsis for k, p in enumerate(parts) if k != at[0]):
+        return None
+    index = parts[at[0]]
+    if index.ndim == 0 or index.dtype.kind not in "iub" or (index.dtype.kind == "b" and index.ndim > 1):
+        return None
+    dots = [k for k, p in enumerate(parts) if p is Ellipsis]
+    if len(dots) > 1 or len(parts) - len(dots) > x.ndim:
+        return None  # NumPy says what is wrong
+    axis = at[0] if not dots or dots[0] > at[0] else at[0] + x.ndim - len(parts)
+    around = tuple(slice(None) if k == at[0] else p for k, p in enumerate(parts))
+    return view_of(x, index_map(around, x.shape)), index, axis
+
+
+def _gathered(x: Any, index: NDArray, axis: int) -> Any:
+    """Return ``x[..., index, ...]`` of what is spilled, as a stored array of its own, computed block by block."""
+    like = np.broadcast_to(np.uint8(0), tuple(n if k == axis else 1 for k, n in enumerate(x.shape)))
+    key: Any = (*(slice(None),) * axis, index)
+    picked = like[key]  # raises what NumPy raises
+    if index.dtype.kind == "b":
+        flat = np.flatnonzero(index)
+    else:
+        flat = index.astype(np.int64).reshape(-1)
+        flat[flat < 0] += x.shape[axis]
+    shape = (*x.shape[:axis], *picked.shape[axis : axis + index.ndim], *x.shape[axis + 1 :])
+    pool = spilling_pool(x)
+    if not math.prod(shape) or pool is None:
+        return as_handle(np.empty(shape, x.dtype))
+    pieces = gather(x, flat, axis, pool)
+    rows = pieces[0] if len(pieces) == 1 else concatenate(pieces, axis)
+    return reshape(rows.persist(), shape)
 
 
 def setitem_node(base: Expr, key: Any, value: Any) -> Expr:
@@ -396,4 +438,7 @@ def take(a: Any, indices: Any, axis: int | None = None) -> Any:
     (only,) = axis_tuple(axis, x.ndim)
     if isinstance(indices, (int, np.integer)):
         return value_of(getitem(x, (*(slice(None),) * only, int(indices))))
-    return as_handle(np.take(np.asarray(x), np.asarray(indices), axis=only))
+    index = np.asarray(indices)
+    if index.ndim and index.dtype.kind in "iu" and spilling_pool(x) is not None:
+        return _gathered(x, index, only)
+    return as_handle(np.take(np.asarray(x), index, axis=only))

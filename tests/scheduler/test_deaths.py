@@ -334,6 +334,49 @@ def test_a_plan_survives_kills_of_any_worker_at_any_time() -> None:
     assert kills > 10
 
 
+class KilledWhileBinding:
+    """Adds one to each item; its ``bind`` is the end of the process the first ``times`` times, as a word at the end tells."""
+
+    def __init__(self, length: int, times: int, how: signal.Signals) -> None:
+        self.length, self.times, self.how = length, times, how
+
+    def bind(self, context: Context) -> Any:
+        array = context.memory.window(context.addresses[0], 0, (self.length,), (8,), np.dtype(np.int64))
+        array[-1] += 1
+        if array[-1] <= self.times:
+            signal.signal(self.how, signal.SIG_DFL) if self.how != signal.SIGKILL else None
+            os.kill(os.getpid(), self.how)
+        return lambda i: count(array, i)
+
+
+@pytest.mark.parametrize(
+    ("how", "isolated", "times", "deaths"),
+    [
+        (signal.SIGKILL, False, 6, 0),  # somebody kills workers that load our own code: no task is charged
+        (signal.SIGKILL, False, 99, 20),  # again and again: that comes to an end, too
+        (signal.SIGKILL, True, 99, 3),  # a user's function may do it itself
+        (signal.SIGSEGV, False, 99, 3),  # nobody else does that
+    ],
+)
+def test_kills_while_a_kernel_is_loaded(
+    how: signal.Signals, isolated: bool, times: int, deaths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(watch, "LONGEST_PAUSE_S", 0.01)
+    with Pool(1, memory_limit="8 MiB") as made:
+        _extent, buffer, array = stored(made, 41)
+        layer = Layer(name="layer", kernel=KilledWhileBinding(41, times, how), ntasks=40, writes=(0,))
+        plan = Plan(buffers=(buffer,), layers=(layer,), isolated=isolated)
+        if not deaths:
+            assert run(made, plan).deaths == times
+            assert (array[:40] == 1).all()
+            return
+        with pytest.raises(WorkerDied, match=f"{deaths} worker processes") as caught:
+            run(made, plan)
+        assert array[-1] == deaths == made.statistics().starts and not array[:40].any()
+        assert ("while they loaded the code of" in str(caught.value)) == (deaths == 20)
+
+
 # ---------------------------------------------------------------------------------------------------- out of memory
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -188,51 +187,9 @@ def test_this_machine_has_memory_and_a_processor() -> None:
     assert cpu_count() >= 1
 
 
-def test_budget_gives_no_more_than_it_has() -> None:
-    budget = Budget(100)
-    assert budget.reserve(60) and not budget.reserve(41) and budget.reserve(40) and budget.reserve(0)
-    assert budget.used_nbytes == 100
-    budget.release(60)
-    assert budget.reserve(41)
-    statistics = budget.statistics()
-    assert (statistics.limit_nbytes, statistics.used_nbytes, statistics.peak_nbytes, statistics.refused) == (100, 81, 100, 1)
-    budget.check()
-
-
 def test_budget_by_default_is_a_share_of_what_is_available() -> None:
     assert 0 < Budget().limit_nbytes < psutil.virtual_memory().total
     assert Budget("1 kB").limit_nbytes == 1000
-
-
-def test_budget_refuses_to_take_back_more_than_it_gave() -> None:
-    budget = Budget(100)
-    budget.reserve(10)
-    with pytest.raises(ValueError, match=r"releasing 11 bytes .* 10 are reserved"):
-        budget.release(11)
-    with pytest.raises(ValueError, match="-1"):
-        budget.reserve(-1)
-    budget.check()
-
-
-@pytest.mark.timeout(30)
-def test_budget_keeps_count_among_threads() -> None:
-    budget = Budget(50)
-    start = threading.Barrier(4)
-
-    def work() -> None:
-        start.wait()
-        for nbytes in range(1, 500):
-            if budget.reserve(nbytes % 40):
-                budget.check()
-                budget.release(nbytes % 40)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert budget.used_nbytes == 0
-    assert budget.statistics().peak_nbytes <= 50
 
 
 def test_kills_for_lack_of_memory_are_those_of_the_own_group(tmp_path: Path) -> None:

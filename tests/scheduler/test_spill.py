@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from scheduler.errors import MemoryBudgetError, SpillError
 from scheduler.run import Pool
 from scheduler.segments import Memory
 from scheduler.spill import SpillFile, default_directory
-from scheduler.task import ARENA, SPILL, Address, Buffer, Context, Dependency, Layer, Plan
+from scheduler.task import ARENA, SPILL, Address, Buffer, Context, Dependency, Layer, Outcome, Plan
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -337,6 +342,185 @@ def test_a_spilled_temporary_takes_no_room_and_goes_with_the_plan(pool: Pool, ex
     assert told.warnings[0][1] == "_Spilled 45000"
     assert pool.statistics().spilled_nbytes == 0
     assert pool.memory.spill is not None and pool.memory.spill.resident_nbytes() < MIB
+    pool.check()
+
+
+# ------------------------------------------------------------------------------------------ what a plan is going to spill
+
+
+def lifetimes(plan: Plan) -> dict[int, tuple[int, int]]:
+    first, last = plan.first_writers(), plan.last_readers()
+    return {b: (first[b], last[b]) for b in first if plan.buffers[b].is_spilled}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_pieces_of_spill_space_hold_one_temporary_after_the_other(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.sampled_from((10, 10, 25, 40)), min_size=1, max_size=8))
+    buffers = tuple(Buffer(nbytes, is_spilled=data.draw(st.booleans())) for nbytes in sizes)
+    layers = []
+    for k in range(data.draw(st.integers(1, 8))):
+        used = tuple(data.draw(st.sets(st.integers(0, len(sizes) - 1), max_size=3)))
+        layers.append(Layer(name=str(k), kernel=Fill(), ntasks=1, writes=used))
+    plan = Plan(buffers=buffers, layers=tuple(layers))
+    pieces, piece_of = plan.spilled_in_turn()
+
+    lives = lifetimes(plan)
+    assert piece_of.keys() == lives.keys() and set(piece_of.values()) == set(range(len(pieces)))
+    for buffer, piece in piece_of.items():
+        assert pieces[piece] >= sizes[buffer]
+        for other, (first, last) in lives.items():
+            if other != buffer and piece_of[other] == piece:
+                assert last < lives[buffer][0] or lives[buffer][1] < first, "two live in one place"
+    peak = max((sum(sizes[b] for b, (first, last) in lives.items() if first <= k <= last) for k in range(len(layers))), default=0)
+    assert peak <= sum(pieces) <= sum(sizes[b] for b in lives)
+    if len({sizes[b] for b in lives}) <= 1:
+        assert sum(pieces) == peak
+
+
+class Disk:
+    """A disk of ``nbytes`` for the spill file alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.most = 0
+        fallocate = os.posix_fallocate
+
+        def limited(fd: int, offset: int, nbytes: int) -> None:
+            used = os.fstat(fd).st_blocks * 512
+            if used + nbytes > self.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fallocate(fd, offset, nbytes)
+            self.most = max(self.most, used + nbytes)
+
+        monkeypatch.setattr(os, "posix_fallocate", limited)
+
+
+class Add:
+    """Adds one to each of ten blocks on the way from one buffer to the next; says in the last one, in memory, that it ran."""
+
+    def __init__(self, source: int, target: int, told: int, fails: bool = False) -> None:
+        self.buffers, self.told, self.fails = (source, target), told, fails
+
+    def bind(self, context: Context) -> Any:
+        read, write = (context.memory.window(context.addresses[b], 0, (10, 1000), (8000, 8), np.dtype("i8")) for b in self.buffers)
+        told = context.memory.window(context.addresses[self.told], 0, (2,), (8,), np.dtype("i8"))
+
+        def run(i: int) -> None:
+            told[0] += 1
+            if self.fails and told[1] == 0:
+                raise ValueError("not yet")
+            box = slice(i, i + 1), slice(0, 1000)
+            values = read[box] if isinstance(read, np.ndarray) else read[box].read()
+            write[box].write(values + 1)
+
+        return run
+
+
+def chain(pool: Pool, length: int, fails: int = -1) -> tuple[Plan, Any, Any]:
+    """Return a plan of ``length`` spilled temporaries of 16 MiB, each made of the one before; it warns with the last one's sum."""
+    extent = pool.allocate(64)
+    told = pool.memory.window(extent.address, 0, (2,), (8,), np.dtype("i8"))
+    told[...] = 0
+    buffers = (*(Buffer(16 * MIB, is_spilled=True) for _ in range(length)), Buffer(64, extent.address))
+    layers = [Layer(name="fill", kernel=Fill(), ntasks=10, writes=(0,), line="script.py:4")]
+    for k in range(1, length):
+        kernel = Add(k - 1, k, length, k == fails)
+        layers.append(Layer(name="add", kernel=kernel, ntasks=10, reads=(k - 1, length), writes=(k,), dependencies=(Dependency(k - 1),)))
+    check = Layer(name="check", kernel=CheckLast(length - 1), ntasks=1, reads=(length - 1,), dependencies=(Dependency(length - 1),))
+    plan = Plan(buffers=buffers, layers=(*layers, check), keep=(extent,))
+    plan.check()
+    return plan, told, 45000 + 10_000 * (length - 1)
+
+
+class CheckLast:
+    """Warns with the sum of a spilled buffer."""
+
+    def __init__(self, buffer: int) -> None:
+        self.buffer = buffer
+
+    def bind(self, context: Context) -> Any:
+        window = context.memory.window(context.addresses[self.buffer], 0, (10, 1000), (8000, 8), np.dtype("i8"))
+        return lambda i: context.warn("UserWarning", str(window.read().sum()))
+
+
+@pytest.mark.parametrize("executor", ["synchronous", "threads", "processes"])
+@pytest.mark.parametrize(("disk", "needed"), [(200, 80), (80, 80), (47, 32), (32, 32)])
+def test_a_plan_reserves_its_disk_before_it_begins(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, executor: str, disk: int, needed: int
+) -> None:
+    """Space for each of five temporaries if there is, else for as many as live at once."""
+    limit = Disk(monkeypatch, disk * MIB)
+    plan, _told, expected = chain(pool, 5)
+    report = pool.run(plan, executor)
+    assert report.warnings[0][1] == str(expected)
+    assert needed * MIB <= limit.most < (needed + 1) * MIB
+    assert pool.statistics().spilled_nbytes == 0
+    assert pool.memory.spill is not None and pool.memory.spill.resident_nbytes() < MIB
+    pool.check()
+
+
+@pytest.mark.parametrize("executor", ["synchronous", "threads", "processes"])
+def test_a_plan_that_cannot_fit_the_disk_is_refused_before_anything_runs(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, executor: str
+) -> None:
+    Disk(monkeypatch, 31 * MIB)
+    plan, told, _expected = chain(pool, 5)
+    with pytest.raises(
+        SpillError, match=r"running 'fill' \(built at script.py:4\) was not begun: the temporaries .* \(5\) need 32 MiB"
+    ) as caught:
+        pool.run(plan, executor)
+    assert "disk is full" in str(caught.value) and caught.value.needed_nbytes == 32 * MIB and caught.value.errno == errno.ENOSPC
+    assert told[0] == 0
+    assert pool.statistics().spilled_nbytes == 0
+    assert pool.memory.spill is not None and pool.memory.spill.resident_nbytes() < MIB
+    pool.check()
+
+
+@pytest.mark.parametrize("disk", [200, 48])
+def test_a_plan_cut_short_keeps_its_temporaries_and_reserves_the_rest_anew(pool: Pool, monkeypatch: pytest.MonkeyPatch, disk: int) -> None:
+    limit = Disk(monkeypatch, disk * MIB)
+    plan, told, expected = chain(pool, 5, fails=3)
+    outcome = Outcome()
+    with pytest.raises(ValueError, match="not yet"):
+        pool.run(plan, "processes", outcome)
+    assert outcome.progress is not None and outcome.progress.temporaries.keys() == {2, 3}
+    assert pool.statistics().spilled_nbytes == 32 * MIB
+    limit.nbytes = 31 * MIB
+    with pytest.raises(SpillError, match=r"\(1\) need 16 MiB"):
+        pool.run(replace(plan, progress=outcome.progress), "processes")
+    limit.nbytes = disk * MIB
+    told[1] = 1
+    assert pool.run(replace(plan, progress=outcome.progress), "processes").warnings[0][1] == str(expected)
+    del outcome
+    gc.collect()
+    assert pool.statistics().spilled_nbytes == 0
+    pool.check()
+
+
+def test_a_plan_waits_for_disk_that_another_has_reserved(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    Disk(monkeypatch, 40 * MIB)
+    first, second = chain(pool, 2), chain(pool, 2)
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    class Held:
+        def bind(self, context: Context) -> Any:
+            has_begun.set()
+            assert may_go_on.wait(30)
+            return Fill().bind(context)
+
+    held = replace(first[0], layers=(replace(first[0].layers[0], kernel=Held()), *first[0].layers[1:]))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        try:
+            one = threads.submit(pool.run, held, "threads")
+            assert has_begun.wait(30)
+            other = threads.submit(pool.run, second[0], "threads")
+            until = time.monotonic() + 30
+            while not pool._waiting:
+                assert time.monotonic() < until and not other.done(), "it did not wait"
+        finally:
+            may_go_on.set()
+        assert one.result().warnings[0][1] == other.result().warnings[0][1] == str(first[2])
     pool.check()
 
 

@@ -13,6 +13,7 @@ import pytest
 from scheduler.errors import TornChunkError, WorkerDied
 from scheduler.state import (
     DRIVER_LANE,
+    MOST_KILLS_BINDING,
     OUT_OF_MEMORY,
     BufferDone,
     CancelRequested,
@@ -371,6 +372,81 @@ def test_a_task_that_died_for_lack_of_memory_is_done_again_with_nothing_beside_i
     assert isinstance(drain(state, commands)[-1], PlanFinished)
 
 
+def killed(cursor: int, pid: int = 7, **more: object) -> WorkerLost:
+    return WorkerLost(0, cursor, "killed by SIGKILL", pid, was_killed=True, **more)  # type: ignore[arg-type]
+
+
+def lose(state: State, events: list[WorkerLost]) -> list[Command]:
+    """Lose the worker of a state of one slot again and again, until the plan ends; return the last commands."""
+    commands: list[Command] = []
+    for event in events:
+        commands = state.handle(event)
+        state.check()
+        if any(isinstance(c, PlanFailed) for c in commands):
+            return commands
+        commands = state.handle(WorkerJoined(0))
+    return commands
+
+
+def test_kills_from_outside_while_our_own_code_is_loaded_charge_no_task() -> None:
+    state = ready_state(1)
+    state.handle(Submitted(1, plan(layer(ntasks=1, in_place=True))))
+    (piece,) = sent(lose(state, [killed(0, is_bound=False)] * (MOST_KILLS_BINDING - 1)))
+    assert PlanFinished(1) in state.handle(RangeFinished(0, piece.run_id, 0.1))
+
+
+def test_kills_from_outside_while_code_is_loaded_come_to_an_end() -> None:
+    state = ready_state(1)
+    state.handle(Submitted(1, plan(layer("add", 4, describe=lambda i: f"chunk {i}", line="script.py:3", in_place=True))))
+    events = [killed(0, is_bound=False, pid=100 + i) for i in range(50)]
+    (failed,) = [c for c in lose(state, events) if isinstance(c, PlanFailed)]
+    assert state.counts["deaths"] == MOST_KILLS_BINDING
+    assert isinstance(failed.error, WorkerDied) and (failed.layer, failed.task) == (0, 0)
+    assert failed.unfinished == () == failed.finished  # nothing was written
+    for part in ("20 worker processes in a row", "chunk 0", "'add'", "script.py:3", "process 119: killed by SIGKILL"):
+        assert part in str(failed.error)
+
+
+def test_any_progress_of_the_layer_begins_the_count_of_such_kills_anew() -> None:
+    for progress in ("a task", "a step"):
+        state = ready_state(1)
+        state.handle(Submitted(1, plan(layer(ntasks=50, in_place=True))))
+        for turn in range(1, 4):
+            lose(state, [killed(state.lanes[0][0].start, is_bound=False)] * (MOST_KILLS_BINDING - 1))
+            piece = state.lanes[0][0]
+            if progress == "a task":
+                state.handle(RangeFinished(0, piece.run_id, 1.0))
+            else:
+                lose(state, [killed(piece.start, step=turn)])
+            state.check()
+        assert 1 in state.plans
+
+
+def test_what_is_charged_to_a_task_though_its_kernel_was_not_bound() -> None:
+    """A user's function that is loaded, a crash, the out-of-memory killer (not ``was_killed``): three are enough."""
+    crash = WorkerLost(0, 0, "killed by SIGSEGV", 7, is_bound=False)
+    no_memory = WorkerLost(0, 0, f"killed by SIGKILL, by the kernel's {OUT_OF_MEMORY}", 7, is_bound=False)
+    for isolated, event in ((True, killed(0, is_bound=False)), (False, crash), (False, no_memory), (False, killed(0))):
+        state = ready_state(1)
+        state.handle(Submitted(1, replace(plan(layer(ntasks=1)), isolated=isolated)))
+        (failed,) = [c for c in lose(state, [event] * 9) if isinstance(c, PlanFailed)]
+        assert state.counts["deaths"] == 3 and "ended 3 worker processes" in str(failed.error)
+
+
+def test_deaths_of_a_task_in_place_that_got_on_in_between_are_not_added_up() -> None:
+    state = ready_state(1)
+    state.handle(Submitted(1, plan(layer(ntasks=1, in_place=True))))
+    commands = lose(state, [killed(0, step=step) for step in range(1, 100)])
+    (piece,) = sent(commands)
+    assert piece.step == 99 and PlanFinished(1) in state.handle(RangeFinished(0, piece.run_id, 0.1))
+    # Two at one step and one at the next, over and over; then three at one.
+    state = ready_state(1)
+    state.handle(Submitted(2, plan(layer(ntasks=1, in_place=True))))
+    lose(state, [killed(0, step=at // 2) for at in range(2, 60)])
+    assert 2 in state.plans
+    assert any(isinstance(c, PlanFailed) for c in lose(state, [killed(0, step=29)] * 1))
+
+
 def test_a_refusal_advises_according_to_what_killed() -> None:
     for reason, advice in (
         (f"killed by SIGKILL, by the kernel's {OUT_OF_MEMORY}", "ran out of memory"),
@@ -502,6 +578,7 @@ class World:
         self.nslots = self.rng.choice((1, 2, 3, 8))
         self.state = State(self.nslots)
         self.plans: dict[int, Plan] = {}
+        self.in_order: set[int] = set()
         self.done: dict[tuple[int, int], list[int]] = {}  # how often each task was done
         self.steps: dict[tuple[int, int], list[int]] = {}  # how many steps of each, in layers in place
         self.opened: set[tuple[int, int]] = set()
@@ -524,6 +601,8 @@ class World:
             case OpenLayer(plan_id, index):
                 assert (plan_id, index) not in self.opened
                 self.opened.add((plan_id, index))
+                if plan_id in self.in_order:
+                    assert all(all(self.done[plan_id, before]) for before in range(index))
             case SendRange(worker, _, plan_id, index, start, stop, first):
                 assert (plan_id, index) in self.opened
                 steps = self.steps[plan_id, index]
@@ -562,7 +641,10 @@ class World:
             self.done[plan_id, index] = [0] * each.ntasks
             self.steps[plan_id, index] = [0] * each.ntasks
         room = self.rng.choice((None, None, made.peak_nbytes()[0], 1))
-        self.feed(Submitted(plan_id, made, room))
+        in_order = self.rng.random() < 0.3
+        if in_order:
+            self.in_order.add(plan_id)
+        self.feed(Submitted(plan_id, made, room, in_order=in_order))
 
     def resume(self, plan_id: int, end: PlanFailed) -> None:
         """Submit what is left of a plan that failed, as a new one."""
@@ -577,7 +659,10 @@ class World:
             self.steps[new_id, index] = steps = self.steps[plan_id, index].copy()
             begun = {task: step for layer, task, step in end.steps if layer == index}
             assert begun == {task: step for task, step in enumerate(steps) if step and not told[task]}
-        self.feed(Submitted(new_id, made, None, end.finished, end.steps))
+        in_order = self.rng.random() < 0.3
+        if in_order:
+            self.in_order.add(new_id)
+        self.feed(Submitted(new_id, made, None, end.finished, end.steps, in_order))
 
     def leave(self, plan_id: int, index: int, task: int) -> int:
         """Do some more steps of a task in place, and return how many are done then."""
@@ -609,12 +694,15 @@ class World:
         if roll < 0.06 and lane != DRIVER_LANE:
             cursor = rng.choice((None, *range(head.start, head.stop + 1)))
             self.alive.discard(lane)
-            step = 0
-            if cursor is not None:
+            step, is_bound = 0, cursor != head.start or rng.random() < 0.5
+            if not is_bound:
+                step = self.steps[key][head.start]
+            elif cursor is not None:
                 self.mark(*key, head.start, cursor)
                 step = self.leave(*key, cursor) if cursor < head.stop else 0
             reason = rng.choice(["killed by SIGKILL", OUT_OF_MEMORY])
-            self.feed(WorkerLost(lane, cursor, reason, rng.randrange(1000), True, step, rng.random() < 0.9))
+            was_killed = reason != OUT_OF_MEMORY and rng.random() < 0.5
+            self.feed(WorkerLost(lane, cursor, reason, rng.randrange(1000), is_bound, step, rng.random() < 0.9, was_killed))
             if lane not in self.starting and self.state.turn and rng.random() < 0.5:
                 self.starting = [w for w in self.starting if w not in self.alive]
         elif roll < 0.08:

@@ -21,6 +21,7 @@ import pytest
 import shmarray as sa
 from scheduler.redo import Redo
 from scheduler.running import Lane, Running
+from scheduler.worker import WORDS_PER_SLOT
 from shmarray import plan
 from shmarray.engines import plain_kernel
 from shmarray.errors import cut_short
@@ -84,6 +85,64 @@ def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str,
             np.testing.assert_array_equal(np.asarray(x), np.asarray(expected))
         pool.check()
     assert {type(kernel).__name__ for kernel in kernels} == {"MapKernel" if engine == "numpy" else "CompiledKernel"}
+
+
+class Storm:
+    """Kills, every 20 to 50 ms inside ``with``, a worker that has begun a range: while it loads its kernel or in the middle of it.
+
+    Three of four are spared while they load, however long that takes on a busy machine: else none would ever get to its tasks.
+    """
+
+    def __init__(self, pool: sa.Pool, seed: int) -> None:
+        self.loop = pool.worker_pool()._loop
+        self.rng = random.Random(seed)
+        self.binding = self.working = 0
+        self.spared: dict[int, bool] = {}  # by pid
+
+    def __enter__(self) -> Storm:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._rage)
+        self._thread.start()
+        return self
+
+    def _rage(self) -> None:
+        while not self._ended.wait(self.rng.uniform(0.02, 0.05)):
+            for member in self.rng.sample(members := list(self.loop.members.values()), len(members)):
+                run_id, is_binding = self.loop.words[WORDS_PER_SLOT * member.slot + 1 : WORDS_PER_SLOT * member.slot + 3]
+                spared = self.spared.setdefault(member.process.pid, self.rng.random() < 0.75)
+                if not run_id or (is_binding and spared) or (not is_binding and self.rng.random() < 0.5):
+                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.process.pid, signal.SIGKILL)
+                    self.binding += bool(is_binding)
+                    self.working += not is_binding
+                break
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("engine", ["numpy", "llvm"])
+def test_updates_get_through_a_storm_of_kills_and_are_applied_exactly_once(engine: str) -> None:
+    """For some seconds no worker lives long: each kill is somebody else's doing, and the updates get on in between."""
+    if engine == "llvm":
+        pytest.importorskip("llvmlite")
+    rng = np.random.default_rng(5)
+    start, other = rng.random((3000, 1000)), rng.random((3000, 1000))
+    with sa.config.set(engine=engine), sa.Pool(workers=2) as pool:
+        x, y, expected = sa.array(start), sa.array(other), start.copy()
+        updates = 0
+        until = time.monotonic() + 4
+        with Storm(pool, 17) as storm:
+            while time.monotonic() < until:
+                x[...] = x * 0.75 + y
+                updates += 1
+        for _ in range(updates):
+            expected = expected * 0.75 + other
+        np.testing.assert_array_equal(np.asarray(x), expected)
+        pool.check()
+    assert storm.binding and storm.working and updates
 
 
 def kernels_of_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

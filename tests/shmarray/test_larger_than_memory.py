@@ -17,6 +17,7 @@ import shmarray as sa
 from scheduler import spill
 from shmarray import templates
 from shmarray.errors import MemoryBudgetError, SpillError, TornChunkError
+from shmarray.ops import gather
 from shmarray.plan import Target
 
 MIB = 1 << 20
@@ -383,3 +384,121 @@ def test_products_whose_panels_exceed_the_limit(tmp_path: Path) -> None:
         assert x._storage is not None and x._storage.is_spilled
         np.testing.assert_array_equal((x @ x.T).compute(), a @ a.T)
         np.testing.assert_array_equal((x @ np.ones(20_000)).compute(), a.sum(axis=1))
+
+
+# ------------------------------------------------------------------------------------- picked rows, differences, whole lines
+
+Picking = Callable[[Any, Any, np.random.Generator], Any]  # (numpy, array, random numbers: the same for both)
+PICKED: dict[str, Picking] = {
+    "rows, some again and again": lambda m, x, r: x[r.integers(-2048, 2048, 3000)],
+    "a list of rows": lambda m, x, r: x[[5, 7, -1]],
+    "columns": lambda m, x, r: x[:, r.integers(-1024, 1024, 500)],
+    "columns of a part": lambda m, x, r: x[10:2000:3, [4, 3, 3]],
+    "an index of two axes": lambda m, x, r: x[..., r.integers(0, 1024, (30, 4))],
+    "a mask of rows": lambda m, x, r: x[r.random(2048) < 0.5],
+    "a mask of columns": lambda m, x, r: x[:, r.random(1024) < 0.5],
+    "nothing": lambda m, x, r: x[np.zeros(2048, bool)],
+    "of a transposed array": lambda m, x, r: x.T[[3, 1]],
+    "of an expression": lambda m, x, r: (x * 2 + 1)[r.integers(0, 2048, 700)],
+    "take": lambda m, x, r: m.take(x, [[1, 2], [5, -3]], axis=0),
+    "take of the flattened array": lambda m, x, r: m.take(x, r.integers(0, 2048 * 1024, 3000)),
+}
+LINES: dict[str, Picking] = {
+    "diff": lambda m, x, r: m.diff(x, axis=0),
+    "second differences": lambda m, x, r: m.diff(x, 2),
+    "sort": lambda m, x, r: m.sort(x),
+    "sort of an expression": lambda m, x, r: m.sort(x * 2, axis=1),
+    "sort along the axis that is cut": lambda m, x, r: m.sort(x, axis=0),
+    "argsort": lambda m, x, r: m.argsort(x, axis=1, kind="stable"),
+    "median": lambda m, x, r: m.median(x, axis=0),
+    "median, axes kept": lambda m, x, r: m.median(x, 1, keepdims=True),
+    "percentile": lambda m, x, r: m.percentile(x, 30, axis=1),
+    "quantile": lambda m, x, r: m.quantile(x, 0.75, axis=-1, method="nearest"),
+    "nanmedian": lambda m, x, r: m.nanmedian(x, axis=1),
+}
+
+
+CASES = [
+    *(("f8", name) for name in (*PICKED, *LINES)),
+    *(("i2", name) for name in ("columns", "take of the flattened array", "sort", "argsort", "median")),
+]
+
+
+@pytest.fixture(scope="module")
+def spilled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[sa.Pool, sa.Array, Any]]:
+    values = (np.random.default_rng(7).random(SHAPE) * 1000).astype(request.param)
+    directory = str(tmp_path_factory.mktemp("spilled"))
+    with sa.Pool(workers=2, memory_limit=values.nbytes // 2, spill_directory=directory) as pool:
+        yield pool, sa.array(values), values
+
+
+@pytest.mark.parametrize(("spilled", "name"), CASES, indirect=["spilled"])
+def test_what_is_picked_sorted_or_compared_with_its_neighbour_needs_memory_for_blocks_alone(
+    spilled: tuple[sa.Pool, sa.Array, Any], name: str
+) -> None:
+    pool, x, values = spilled
+    function = {**PICKED, **LINES}[name]
+    assert x._storage is not None and x._storage.is_spilled
+    found = function(np, x, np.random.default_rng(1))
+    assert isinstance(found, sa.Array)
+    same(found, function(np, values, np.random.default_rng(1)))
+    assert pool.statistics().peak_nbytes <= values.nbytes // 2
+    pool.check()
+
+
+def test_picked_elements_are_a_copy(small: sa.Pool, values: np.ndarray[Any, Any]) -> None:
+    x = sa.array(values)
+    rows, ordered = x[[3, 2, 1]], np.sort(x)
+    x[...] = 0.0
+    same(rows, values[[3, 2, 1]])
+    same(ordered, np.sort(values))
+
+
+@pytest.mark.parametrize(
+    "key", [[2048], [-2049], (slice(None), [1024]), np.zeros(5, bool), (slice(None), np.zeros(3, bool)), ([1], [1], [1])]
+)
+def test_an_index_that_is_wrong_is_refused_in_the_words_of_numpy(small: sa.Pool, values: np.ndarray[Any, Any], key: Any) -> None:
+    x = sa.array(values)
+    with pytest.raises(IndexError) as theirs:
+        values[key]
+    with pytest.raises((IndexError, MemoryBudgetError)) as ours:
+        x[key]
+    if not isinstance(key, tuple) or len(key) < 3:
+        assert (type(ours.value), str(ours.value)) == (IndexError, str(theirs.value))
+
+
+def test_more_indices_than_travel_at_once(small: sa.Pool, monkeypatch: pytest.MonkeyPatch, values: np.ndarray[Any, Any]) -> None:
+    monkeypatch.setattr(gather, "MOST_INDICES", 1000)
+    index = np.random.default_rng(3).integers(0, SHAPE[0], 3500)
+    same(sa.array(values)[index], values[index])
+
+
+@pytest.mark.parametrize("what", ["compute", "sum", "rows", "sort", "update"])
+def test_a_forked_child_is_told_that_it_cannot_reach_what_is_spilled(small: sa.Pool, values: np.ndarray[Any, Any], what: str) -> None:
+    def update() -> None:
+        x[:3] = 1.0
+
+    x = sa.array(values)
+    act: Callable[[], object] = {
+        "compute": lambda: x[:3].compute(),
+        "sum": lambda: float(x.sum()),
+        "rows": lambda: x[[1, 2]],
+        "sort": lambda: np.sort(x),
+        "update": update,
+    }[what]
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+            told = "nothing"
+        except BaseException as error:
+            told = f"{type(error).__name__}: {error}"
+        os.write(write, told.encode())
+        os._exit(0)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with os.fdopen(read, "rb") as pipe:
+        told = pipe.read().decode()
+    assert told.startswith("SpillError: the spill file") and "compute() what the child needs before the fork" in told
+    same(x, values)

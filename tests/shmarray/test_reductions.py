@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -425,3 +426,39 @@ def test_reductions_heed_errstate(engine: str, shape: tuple[int, ...], outcome: 
             assert outcome(silent.compute)[1:] == (None, set())
             assert outcome(loud.compute)[1] is FloatingPointError
             assert outcome(call(x).compute)[2]
+
+
+@pytest.mark.parametrize("is_numpy", [True, False])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, out: np.sum(x, axis=0, out=out),
+        lambda x, out: np.mean(x, axis=0, out=out),
+        lambda x, out: np.cumsum(x, axis=0, out=out),
+        lambda x, out: np.max(x, axis=0, out=out),
+        lambda x, out: np.clip(x, 0, 1, out=out),
+        lambda x, out: np.round(x, 1, out=out),
+        lambda x, out: np.add(x, 1, out=out),
+    ],
+)
+def test_out_takes_what_numpy_would_write_there(call: Callable[..., Any], is_numpy: bool) -> None:
+    a = np.arange(12.0).reshape(3, 4) / 3
+    shape = call(a, None).shape
+    x = sa.array(a)
+    for dtype in (np.float64, np.float32, np.complex128, np.int64, np.bool_):
+        theirs, ours = np.ones(shape, dtype), np.ones(shape, dtype)
+        target: Any = ours if is_numpy else sa.array(ours)
+        try:
+            call(a, theirs)
+        except TypeError:
+            with pytest.raises(TypeError, match=r"Cannot cast .*float64"):
+                call(x, target)
+            theirs[...] = 1  # NumPy may have begun
+        else:
+            assert call(x, target) is target
+        np.testing.assert_allclose(np.asarray(target), theirs, rtol=1e-6)
+    wrong: Any = np.ones((5, 7)) if is_numpy else sa.ones((5, 7)).persist()
+    with pytest.raises(ValueError):
+        call(x, wrong)
+    with pytest.raises(TypeError):
+        call(x, [1.0])

@@ -253,6 +253,30 @@ def test_a_program_is_silent_and_leaves_nothing(tmp_path: Path, method: str) -> 
     assert len(set(os.listdir("/dev/shm")) - before) == 0
 
 
+LATE = """
+import builtins, os
+from scheduler.shared import family
+from shmarray import shared
+
+a = shared.zeros(4_000_000)
+pid = os.fork()
+if pid == 0:
+    os._exit(0)  # leaves a row in the table, which a sweep looks at
+os.waitpid(pid, 0)
+family()._reaped_ns = 0
+builtins.kept = a  # goes when `open` has gone
+"""
+
+
+def test_an_array_that_goes_last_goes_in_silence() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SHMARRAY_SHARED")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=environment, timeout=LONG_S)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # Pickles.
 
 
@@ -637,6 +661,66 @@ def test_array_of_a_size_is_zero_and_of_characters_is_text() -> None:
         array.value = b"jam"
     assert (ours.value, ours.raw, ours[:], len(ours)) == (theirs.value, theirs.raw, theirs[:], len(theirs))
     assert pickle.loads(pickle.dumps(ours)).value == b"jam"
+
+
+class Point(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_double), ("n", ctypes.c_int))
+
+
+def square_points(points: Any) -> None:
+    for point in points:
+        point.x **= 2
+        point.n += 1
+
+
+def test_an_array_of_structures_is_changed_in_place(context: Any) -> None:
+    theirs, ours = (module.Array(Point, [(1.5, 1), (-2.0, 2)]) for module in (multiprocessing, shared))
+
+    square_points(theirs)
+    run(context, square_points, ours)
+
+    assert [(p.x, p.n) for p in ours] == [(p.x, p.n) for p in theirs] == [(2.25, 2), (4.0, 3)]
+    assert shared.Array(Point, 2)[1].x == 0
+
+
+def test_without_a_lock_it_is_the_numpy_array(context: Any) -> None:
+    theirs, ours = (module.Array("d", [1.0, 2.0], lock=False) for module in (multiprocessing, shared))
+    for array in (theirs, ours):
+        np.frombuffer(array)[0] = 7
+
+    run(context, add_to, ours, 1.0)
+
+    assert type(ours) is shared.SharedArray and list(theirs) == [7, 2] and list(ours) == [8, 3]
+
+
+def count_under(lock: Any, v: Any, a: Any, n: int) -> None:
+    for _ in range(n):
+        with lock:
+            v.value += 1
+            a[0] += 1
+        v.add(1)
+
+
+def test_a_lock_of_the_users_own_guards_several(context: Any) -> None:
+    lock = context.RLock()
+    v, a = shared.Value("i", lock=lock), shared.Array("i", 3, lock=lock)
+    assert v.get_lock() is a.get_lock() is lock
+    processes = [context.Process(target=count_under, args=(lock, v, a, 200)) for _ in range(2)]
+
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LONG_S)
+
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (v.value, a[:]) == (800, [400, 0, 0])
+    with lock, ThreadOf(lambda: a.acquire(timeout=0.02)) as refused:
+        assert refused is False
+    with pytest.raises(TypeError, match="True, False or a lock"):
+        shared.Array("i", 3, lock=1)
+    with pytest.raises(TypeError, match="not a type of numbers"):
+        shared.Value(ctypes.c_char_p)
+    assert shared.Array("u", "häß")[:] == multiprocessing.Array("u", "häß")[:] == "häß"
 
 
 # Looking.

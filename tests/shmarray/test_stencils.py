@@ -132,6 +132,24 @@ def test_two_steps_depend_on_each_other_by_ranges() -> None:
     assert dependency.requires(0, 1) == (0, first.ntasks)  # row -1 is the last
 
 
+def test_the_fields_of_one_step_share_a_layer(executor: str) -> None:
+    u, v = sa.array(VALUES), sa.array(VALUES[::-1].copy())
+
+    def step(xp: Any, u: Any, v: Any) -> tuple[Any, Any]:
+        reaction = np.exp(u * v) * v  # costly, and wanted by both
+        return periodic(xp, u) - reaction, periodic(xp, v) + reaction
+
+    both = step(sa, u, v)
+    (layer,) = plan(*both).layers
+
+    assert isinstance(layer.kernel, PartsKernel) and len(layer.kernel.outs) == 2
+    assert sum(getattr(s, "name", "") == "exp" for s in layer.kernel.program.steps) == 1
+    for ours, theirs in zip(sa.compute(*both), step(np, VALUES, VALUES[::-1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-14)
+    other = periodic(sa, sa.array(VALUES))
+    assert len(plan(both[0], other).layers) == 2  # nothing is read by both
+
+
 def test_explain_says_how_many_parts() -> None:
     text = str(periodic(sa, sa.array(VALUES)).explain())
 
@@ -322,6 +340,8 @@ def test_whatever_is_put_together_agrees_with_numpy(
     with small_grids(), sa.config.set(scheduler=scheduler, engine=engine):
         assert_same(x.compute(), a)
         assert_same(sa.compute(x, x + sa.roll(x, 1, 0), x.sum()), (a, a + np.roll(a, 1, 0), a.sum()), 1e-5)
+        rolled, theirs = sa.roll(x, 1, 0), np.roll(a, 1, 0)
+        assert_same(sa.compute(x - rolled, x * rolled, -x), (a - theirs, a * theirs, -a))
         target = sa.array(np.zeros_like(a))
         target[...] = x * 2 - sa.roll(x, -1, 0)
         assert_same(target.compute(), a * 2 - np.roll(a, -1, 0))
