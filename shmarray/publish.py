@@ -19,7 +19,6 @@ One allocation holds it all:
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -264,7 +263,8 @@ class Publisher:
 
 def _copy(locks: Seqlocks, cell: int, step: int, values: NDArray, target: NDArray, box: Box) -> None:
     locks.begin(cell)
-    np.copyto(target[*box, ...], values[*box, ...])  # an array without axes, too
+    part = (*box, ...)  # without the dots an array without axes would give a number
+    np.copyto(target[part], values[part])
     locks.end(cell, step)
 
 
@@ -363,7 +363,7 @@ def _bounds(key: Any, shape: tuple[int, ...]) -> Box:
     if len(keys) > len(shape):
         return whole  # NumPy says what is wrong with it
     box = []
-    for k, n in itertools.zip_longest(keys, shape, fillvalue=slice(None)):
+    for k, n in zip([*keys, *[slice(None)] * (len(shape) - len(keys))], shape, strict=True):
         part: slice = k if isinstance(k, slice) else slice(k, k + 1 or None)
         taken = range(*part.indices(n))
         box.append(slice(min(taken), max(taken) + 1) if taken else slice(0, 0))
@@ -474,7 +474,7 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
 def _copied(board: _Board, lock: Seqlocks, entry: _Entry, cell: int, result: NDArray) -> int:
     """Copy a cell, whole, into its place in ``result``, and return the step it is of."""
     box = entry.box(cell)
-    source, target = np.asarray(board.values(entry))[*box, ...], result[*box, ...]
+    source, target = np.asarray(board.values(entry))[(*box, ...)], result[(*box, ...)]
     until_s = math.inf
     while True:
         step = lock.read(cell, lambda: np.copyto(target, source))

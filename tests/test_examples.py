@@ -22,6 +22,11 @@ CASES = {  # file -> (arguments, the packages it needs, what it must print)
     "shared_search.py": (("--small",), (), "dynamic programming finds the same value"),
     "galaxies.py": ((), ("skimage", "matplotlib"), "scikit-image finds the same"),
     "image_pipeline.py": ((), ("skimage",), "one frame after the other"),
+    "pi.py": (("--small",), (), "standard errors from pi"),
+    "ising.py": (("--small",), (), "exact"),
+    "particles.py": (("--small",), (), "those of NumPy"),
+    "option_pricing.py": (("--small",), (), "formula"),
+    "live_monitor.py": (("--small",), (), "of the exact ones"),
 }
 MARK = "SHMARRAY_TEST_RUN"  # an environment variable that all descendants of a run inherit
 
