@@ -86,7 +86,9 @@ if find_spec("matplotlib"):
     left.axhline(STRIKE, color="black", linestyle="--", linewidth=1)
     left.set(title=f"{len(paths[0])} of {HISTORIES:,} histories", xlabel="day", ylabel="price of the share", ylim=(40, 220))
     right.barh(middle, counts / HISTORIES / (edges[1] - edges[0]), height=edges[1] - edges[0], color="tab:cyan", label="simulated")
-    right.plot(np.exp(-d * d / 2) / (middle * VOLATILITY * math.sqrt(2 * np.pi)), middle, color="black", linewidth=1, label="lognormal density")
+    right.plot(
+        np.exp(-d * d / 2) / (middle * VOLATILITY * math.sqrt(2 * np.pi)), middle, color="black", linewidth=1, label="lognormal density"
+    )
     right.set(title="the last day")
     right.legend()
     PICTURE.parent.mkdir(exist_ok=True)

@@ -3,10 +3,10 @@
     python examples/particles.py            # 2 x 1000 stars, 1000 steps
     python examples/particles.py --small    # 2 x 100 stars
 
-Newton's forces between all pairs, softened as Plummer's (1911) and summed directly; the kick-drift-kick form of the leapfrog (Verlet, 1967),
-which is symplectic: the energy does not drift. Each disc is a heavy core with stars on circles around it, as in Toomre and
-Toomre, "Galactic bridges and tails" (1972), though here the stars weigh something, too. Pairs have no memory: four million
-of them are one pass over the positions. Forces and energies of the first and last state are computed once more by plain NumPy.
+Newton's forces between all pairs, softened as Plummer's (1911) and summed directly; the kick-drift-kick form of the leapfrog (Verlet,
+1967), which is symplectic: the energy does not drift. Each disc is a heavy core with stars on circles around it, as in Toomre and Toomre,
+"Galactic bridges and tails" (1972), though here the stars weigh something, too. Pairs have no memory: four million of them are one pass
+over the positions. Forces and what is conserved are computed once more by plain NumPy, for the first and the last state.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ if find_spec("matplotlib"):
 
     n = EACH * np.arange(1, BATCHES + 1)
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(title=f"Pi from {points:,} points", xlabel="points so far", ylabel="error", xscale="log", yscale="log", ylim=(1e-7, 1e-2))
+    axes = figure.add_subplot(
+        title=f"Pi from {points:,} points", xlabel="points so far", ylabel="error", xscale="log", yscale="log", ylim=(1e-7, 1e-2)
+    )
     for (name, error), means in zip(errors.items(), (by_batch, arc_by_batch), strict=True):
         (line,) = axes.plot(n, abs(np.cumsum(means) / np.arange(1, BATCHES + 1) - np.pi), label=name, linewidth=1)
         axes.plot(n, error * np.sqrt(points / n), color=line.get_color(), linestyle="--", linewidth=1, label="its standard error")
