@@ -10,11 +10,14 @@ import fcntl
 import itertools
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -286,7 +289,7 @@ def test_frames_are_whole_and_move_on() -> None:
     with simulation(), attached() as run:
         u, part = run["u"], run["u"][100:400:3, ::-2]
         before = [0.0] * len(steps_of(u.compute()))
-        for _ in range(60):
+        for _ in range(25):
             steps = steps_of(u.compute())
             assert all(a <= b for a, b in zip(before, steps, strict=True))
             before = steps
@@ -299,17 +302,17 @@ def test_frames_are_whole_and_move_on() -> None:
 def test_a_consistent_frame_is_of_one_step_in_all_its_fields() -> None:
     with simulation(), attached(consistent=True) as run:
         seen = set()
-        for _ in range(40):
+        for _ in range(20):
             u, v, total = sa.compute(run["u"], run["v"][3], run["v"].sum())
             assert u.min() == u.max() == v.min() == v.max() == total / 1200
             seen.add(u[0, 0])
-        assert len(seen) > 20
+        assert len(seen) > 10
 
 
 def test_two_readers_each_get_frames_of_one_step() -> None:
     with simulation(), attached(consistent=True) as run, script(READER, "run", "never") as other:
         assert heard(other) == "reading"
-        for _ in range(20):
+        for _ in range(10):
             u, v = sa.compute(run["u"], run["v"])
             assert u.min() == u.max() == v.min() == v.max()
         assert other.poll() is None
@@ -317,18 +320,18 @@ def test_two_readers_each_get_frames_of_one_step() -> None:
 
 @pytest.mark.parametrize("place", ["waiting", "copying"])
 def test_a_stopped_reader_holds_nothing_up(place: str) -> None:
-    with simulation(400, 100) as driver:
-        assert heard(driver) == "at 100"
+    with simulation(80, 20) as driver:
+        assert heard(driver) == "at 20"
         with script(READER, "run", place) as reader:
             assert heard(reader) == "reading"
             wait_until_stopped(reader)
-            for at in (200, 300, 400):
+            for at in (40, 60, 80):
                 tell(driver)
                 assert heard(driver) == f"at {at}"
             tell(driver)
             assert heard(driver) == "done"
             with sa.attach("run", consistent=True) as run:
-                assert set(steps_of(run["u"].compute())) == {400.0} and run["finished"].compute()
+                assert set(steps_of(run["u"].compute())) == {80.0} and run["finished"].compute()
             tell(driver)
             assert driver.wait(LONG_S) == 0
 
@@ -578,9 +581,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     for name in ("rich.progress", "tqdm.auto"):
         monkeypatch.setitem(sys.modules, name, None)
     made = Terminal()
-    monkeypatch.setattr(sys, "stderr", made.out)
     make = watching.Meter
-    monkeypatch.setattr(watching, "Meter", lambda total, unit: make(total, unit, minimum=0.0, dt=0.01))
+    monkeypatch.setattr(watching, "Meter", lambda total, unit: make(total, unit, minimum=0.0, dt=0.01, out=made.out))
     yield made
     made.close()
 
@@ -589,8 +591,10 @@ def draw(terminal: Terminal, of: int, **arguments: Any) -> str:
     """Run some steps, of which the last waits until something was drawn."""
 
     def look(frame: sa.Frame) -> None:
-        while f"{of}" not in terminal.text:
-            pass  # the thread that draws looks every 10 ms
+        until = time.monotonic() + 20
+        while f"{of} steps" not in terminal.text.replace(f"{of}/{of}", f"{of}"):
+            assert time.monotonic() < until, (terminal.text, threading.enumerate())
+            select.select([], [], [], 0.005)
 
     sa.iterate(lambda u: u + 1, np.zeros(5), every=of, callback=look, **arguments)
     return terminal.text
