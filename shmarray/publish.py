@@ -263,7 +263,7 @@ class Publisher:
 
 def _copy(locks: Seqlocks, cell: int, step: int, values: NDArray, target: NDArray, box: Box) -> None:
     locks.begin(cell)
-    part = (*box, ...)  # without the dots an array without axes would give a number
+    part: Any = (*box, ...)  # without the dots an array without axes would give a number
     np.copyto(target[part], values[part])
     locks.end(cell, step)
 
@@ -474,7 +474,8 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
 def _copied(board: _Board, lock: Seqlocks, entry: _Entry, cell: int, result: NDArray) -> int:
     """Copy a cell, whole, into its place in ``result``, and return the step it is of."""
     box = entry.box(cell)
-    source, target = np.asarray(board.values(entry))[(*box, ...)], result[(*box, ...)]
+    part: Any = (*box, ...)  # of an array without axes the array, not a number
+    source, target = np.asarray(board.values(entry))[part], result[part]
     until_s = math.inf
     while True:
         step = lock.read(cell, lambda: np.copyto(target, source))
