@@ -298,7 +298,7 @@ class Array(Handle):
     def __iter__(self) -> Iterator[Any]:
         if not self.shape:
             raise TypeError("iteration over a 0-d array")
-        source = self if self.is_stored else self.persist()
+        source = self if self.is_stored or running.is_traced(self.node) else self.persist()
         return (source[i] for i in range(len(self)))
 
     def __contains__(self, value: Any) -> bool:

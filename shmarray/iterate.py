@@ -47,6 +47,8 @@ AT_ONCE_S = 0.03  # of steps at once: enough that what a plan costs is lost in i
 FEWEST, MOST = 4, 32  # steps in one plan, once it is known how long one takes
 LIVE_S = 0.02  # of steps at once while others read the state, who want a frame every 33 ms
 WORTH_WORKERS_S = 2e-4  # a step that takes longer here may take less in worker processes
+WARM_UP = 1, 1, 4, 16  # steps in the first batches here: at first code is loaded and memory touched, at last what a batch costs is small
+WARM_UP_S = 0.01  # but not more than take so long
 SMALL_NBYTES = 16 * TINY_NBYTES  # steps that move more than this always do
 KEPT_PLANS = 16
 
@@ -268,6 +270,7 @@ class _Loop:
         ]
         # Seconds that a step takes here, and in worker processes; None: it does not run there.
         self.rates: dict[str, float] = dict.fromkeys(self._places_to_run(), math.inf)
+        self.warmed_up = 0  # batches here before workers are thought of: they take a second to start, which tiny steps would wait for
 
     # --- tracing and planning ----------------------------------------------------------------------------------------------
 
@@ -353,9 +356,12 @@ class _Loop:
 
     def _batch(self, *, is_short: bool) -> tuple[str, int]:
         """Return where the next steps run, and how many of them at once; ``is_short``: somebody waits for the end."""
-        for place, rate in self.rates.items():
-            if rate == math.inf and (place == "here" or len(self.rates) == 1):
-                return place, 1
+        if len(self.rates) > 1 and self.warmed_up < len(WARM_UP):
+            self.warmed_up += 1
+            return "here", max(1, min(WARM_UP[self.warmed_up - 1], int(WARM_UP_S / self.rates["here"])))
+        (first, rate), *_ = self.rates.items()
+        if rate == math.inf:
+            return first, 1
         place = min(self.rates, key=lambda place: self.rates[place])
         if self.rates.get("pool") == math.inf and self.rates[place] > WORTH_WORKERS_S:
             place = "pool"  # to be tried

@@ -478,7 +478,7 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
 def _copied(board: _Board, lock: Seqlocks, entry: _Entry, cell: int, result: NDArray) -> int:
     """Copy a cell, whole, into its place in ``result``, and return the step it is of."""
     box = entry.box(cell)
-    part: Any = (*box, ...)
+    part: Any = (*box, ...)  # of an array without axes the array, not a number
     source, target = np.asarray(board.values(entry))[part], result[part]
     until_s = math.inf
     while True:

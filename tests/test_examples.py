@@ -27,6 +27,11 @@ CASES = {  # file -> (arguments, the packages it needs, what it must print)
     "wave.py": (("--small",), (), "the largest difference from the solution by Fourier transforms"),
     "lattice_boltzmann.py": (("--small",), (), "and stays so to"),
     "ensemble.py": (("--small",), (), "agree with NumPy"),
+    "pi.py": (("--small",), (), "standard errors from pi"),
+    "ising.py": (("--small",), (), "exact"),
+    "particles.py": (("--small",), (), "those of NumPy"),
+    "option_pricing.py": (("--small",), (), "formula"),
+    "live_monitor.py": (("--small",), (), "of the exact ones"),
 }
 MARK = "SHMARRAY_TEST_RUN"  # an environment variable that all descendants of a run inherit
 

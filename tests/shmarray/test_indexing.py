@@ -147,6 +147,16 @@ def test_iteration_goes_along_the_first_axis(kind: str) -> None:
         len(sa.zeros(()))
 
 
+def test_iteration_in_a_step_gives_rows_of_what_has_no_values_yet() -> None:
+    def step(x: sa.Array) -> sa.Array:
+        left, right = x * 2
+        return sa.stack([right + 1, left])
+
+    x = sa.iterate(step, np.array([[1.0, 2.0], [3.0, 4.0]]), steps=2)
+
+    np.testing.assert_array_equal(x.compute(), [[5, 9], [14, 18]])
+
+
 def test_chunks_of_a_slice_are_what_is_left_of_those_it_cuts() -> None:
     x = sa.zeros((10, 6), chunks=((4, 4, 2), (3, 3)))
 

@@ -6,6 +6,7 @@ Never put here: what waits for what in a chain (`tests/scheduler/test_repeat.py`
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -265,6 +266,29 @@ def test_memory_with_out_is_the_state_twice() -> None:
         gc.collect()
         pool.check()
         assert pool.statistics().live_nbytes == 0
+
+
+def test_steps_that_are_slow_only_at_first_do_not_start_workers() -> None:
+    loop = _Loop.__new__(_Loop)
+    loop.rates, loop.warmed_up = {"here": math.inf, "pool": math.inf}, 0
+    batches = []
+
+    for seconds in (0.05, 0.03, 7e-4, 6e-5, 5e-5):  # of a step in each batch: code is loaded, then the second set of buffers touched
+        batches.append(loop._batch(is_short=False))
+        loop.rates["here"] = min(loop.rates["here"], seconds)
+
+    assert batches == [("here", 1), ("here", 1), ("here", 1), ("here", 14), ("here", 256)]
+
+
+def test_steps_that_stay_slow_are_tried_in_workers() -> None:
+    loop = _Loop.__new__(_Loop)
+    loop.rates, loop.warmed_up = {"here": math.inf, "pool": math.inf}, 0
+
+    for _ in range(4):
+        assert loop._batch(is_short=False) == ("here", 1)
+        loop.rates["here"] = 0.02
+
+    assert loop._batch(is_short=False)[0] == "pool"
 
 
 def test_the_plan_does_not_grow_with_the_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
