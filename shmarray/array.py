@@ -21,7 +21,7 @@ from shmarray import compute as running
 from shmarray.chunks import Chunks, chunk_box, normalize_chunks
 from shmarray.explain import Explanation, explain
 from shmarray.expr import Expr, line_of, postorder, user_line
-from shmarray.handle import Handle, as_handle, register, value_of, wrap, wrap_stored
+from shmarray.handle import Handle, as_handle, is_linking, register, value_of, wrap, wrap_stored
 from shmarray.ops import accumulators, blocks, creation, elementwise, linalg, overlap, reductions, shaping
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
@@ -209,7 +209,7 @@ class Array(Handle):
             self._check_writable()
             running.write(self, node, scheduler)
         else:
-            self._node = elementwise.astype(wrap(node), self.dtype).node
+            self._assign(elementwise.astype(wrap(node), self.dtype).node)
 
     def _check_writable(self) -> None:
         if self._layout is not None and self.size and any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
@@ -221,9 +221,12 @@ class Array(Handle):
         return persisted
 
     def copy(self, order: str = "C") -> Array:
-        """Return a stored copy, computed now; within a step that is being traced, of the expression."""
+        """Return a stored copy, computed now; within a step that is being traced, a copy of the expression."""
+        if is_linking() or (self._storage is None and running.is_traced(self.node)):
+            traced: Array = wrap(self.node, self.chunks)
+            return traced
         if self._storage is None:
-            return wrap(self.node, self.chunks) if running.is_traced(self.node) else self.persist()
+            return self.persist()
         storage = Storage(running.current_pool(), self.shape, self.dtype, self.chunks)
         running.run([self.node], [Target(self.shape, self.dtype, storage=storage, layout=storage.layout)], None, storage.pool)
         copied: Array = wrap_stored(storage, storage.layout, self.chunks)
@@ -402,7 +405,9 @@ class Array(Handle):
             self._set_fancy(key, value)
             return
         if self._storage is None:
-            self._node = shaping.setitem_node(self.node, key, value)
+            if value._link is None or value.node is not shaping.view_of(self, index_map(key, self.shape)).node:
+                self._assign(shaping.setitem_node(self.node, key, value))
+            # Else the last step of ``x[key] += y``: it has been written.
             return
         view = shaping.view_of(self, index_map(key, self.shape))
         if value._storage is view._storage and value._layout == view._layout:
@@ -424,7 +429,7 @@ class Array(Handle):
         if self._storage is None:
             values = np.array(running.values_of(self))
             values[parts if isinstance(key, tuple) else parts[0]] = given
-            self._node = as_handle(values).node
+            self._assign(as_handle(values).node)
             return
         self._check_writable()
         with self.lock() as memory:

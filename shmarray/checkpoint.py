@@ -231,7 +231,12 @@ class _Given:
 
 
 def _checked_step(step: Any) -> int:
-    number = operator.index(step)
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise TypeError(
+            f"a checkpoint of step {step!r}: steps are whole numbers, not a {type(step).__name__}; save the time as a value"
+        ) from None
     if not 0 <= number < MOST_STEPS:
         raise ValueError(f"a checkpoint of step {step}: steps are whole numbers from 0 to {MOST_STEPS - 1}")
     return number

@@ -2,12 +2,17 @@
 
 Promises: a handle on an expression can be given another expression (``x += 1``); one on a stored array always reads what is
 there now. `wrap` makes the public `Array`, which `array` registers here, so that ``ops`` can return one without knowing it.
+While a step is traced (`linking`), a view of an expression is linked to it, and each sees what is written into the other, as in memory.
 Never put here: operations, computing.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,20 +22,60 @@ from shmarray.dtypes import checked_dtype
 from shmarray.expr import Expr, Held, InMemory, Stored, make
 from shmarray.storage import Layout, Storage
 
-__all__ = ["Handle", "as_handle", "as_node", "in_memory", "refuse_masked", "register", "value_of", "wrap", "wrap_stored"]
+__all__ = [
+    "Handle",
+    "Link",
+    "as_handle",
+    "as_node",
+    "in_memory",
+    "is_linking",
+    "linking",
+    "refuse_masked",
+    "register",
+    "value_of",
+    "wrap",
+    "wrap_linked",
+    "wrap_stored",
+]
 
 _factory: list[type[Handle]] = []
 _held: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
+_is_linking: ContextVar[bool] = ContextVar("shmarray_is_linking", default=False)
+
+
+@contextmanager
+def linking() -> Iterator[None]:
+    """Have views of expressions that are made inside be linked to these: for code written for arrays that have memory."""
+    token = _is_linking.set(True)
+    try:
+        yield
+    finally:
+        _is_linking.reset(token)
+
+
+def is_linking() -> bool:
+    """Whether views of expressions are linked to these here."""
+    return _is_linking.get()
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a view is a view of; ``read``: the view of an expression; ``write``: an expression with another where the view is."""
+
+    base: Handle
+    read: Callable[[Expr], Expr]
+    write: Callable[[Expr, Expr], Expr]
 
 
 class Handle:
     """An expression, or a part of a storage, with the visible chunk grid."""
 
-    __slots__ = ("__weakref__", "_chunks", "_layout", "_live", "_node", "_storage")
+    __slots__ = ("__weakref__", "_chunks", "_layout", "_link", "_live", "_node", "_storage")
 
     _node: Expr | None
     _storage: Storage | None
     _layout: Layout | None
+    _link: Link | None
     _chunks: Chunks
     _live: bool
 
@@ -38,12 +83,21 @@ class Handle:
     def node(self) -> Expr:
         """The expression; of a stored array its bytes as they are at this moment."""
         if self._storage is None:
+            if self._link is not None:
+                return self._link.read(self._link.base.node)
             assert self._node is not None
             return self._node
         layout = self._layout
         assert layout is not None
         version = None if self._live else self._storage.version
         return make(Stored, layout.shape, layout.dtype, self._storage, layout.offset, layout.strides, version)
+
+    def _assign(self, node: Expr) -> None:
+        """Have the values of this handle on an expression be those of ``node``, of the same shape and dtype."""
+        if self._link is None:
+            self._node = node
+        else:
+            self._link.base._assign(self._link.write(self._link.base.node, node))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +128,7 @@ def register(cls: type[Handle]) -> None:
 def wrap(node: Expr, chunks: Chunks | None = None) -> Any:
     """Return an `Array` on an expression."""
     handle = _factory[0].__new__(_factory[0])
-    handle._node, handle._storage, handle._layout, handle._live = node, None, None, False
+    handle._node, handle._storage, handle._layout, handle._live, handle._link = node, None, None, False, None
     handle._chunks = default_chunks(node.shape, node.dtype) if chunks is None else chunks
     return handle
 
@@ -82,8 +136,15 @@ def wrap(node: Expr, chunks: Chunks | None = None) -> Any:
 def wrap_stored(storage: Storage, layout: Layout, chunks: Chunks | None = None, *, live: bool = False) -> Any:
     """Return an `Array` on part of a storage."""
     handle = _factory[0].__new__(_factory[0])
-    handle._node, handle._storage, handle._layout, handle._live = None, storage, layout, live
+    handle._node, handle._storage, handle._layout, handle._live, handle._link = None, storage, layout, live, None
     handle._chunks = default_chunks(layout.shape, layout.dtype) if chunks is None else chunks
+    return handle
+
+
+def wrap_linked(link: Link, chunks: Chunks | None = None) -> Any:
+    """Return an `Array` on a view of an expression, through which that is written."""
+    handle = wrap(link.read(link.base.node), chunks)
+    handle._link = link
     return handle
 
 

@@ -31,7 +31,7 @@ from shmarray.compute import check_inputs, current_pool, run, warn
 from shmarray.config import config
 from shmarray.errors import MemoryBudgetError
 from shmarray.expr import Expr, InMemory, Stored, make, postorder, user_line
-from shmarray.handle import Handle, as_handle, in_memory, wrap, wrap_stored
+from shmarray.handle import Handle, as_handle, in_memory, linking, wrap, wrap_stored
 from shmarray.ops.random import stepped
 from shmarray.optimise import substitute
 from shmarray.plan import Target, buffer_of, build_step, lock_requests
@@ -71,7 +71,8 @@ class _Role(Storage):
         raise TypeError(
             f"computing an array inside a step of iterate(), at {user_line()}: the step is called once, with arrays that have no values "
             f"yet, to find out what it computes. So it cannot branch on values, print them, or turn them into numbers. Use sa.where for "
-            f"choices, until= to stop, observe= and callback= to look, scalars= for numbers that vary by step."
+            f"choices, until= to stop, observe= and callback= to look, scalars= for numbers that vary by step. What is computed at once "
+            f"has no place in it: sort, elements picked by masks or index arrays, writing into stored arrays but a copy() of them."
         )
 
     def requests(self, layout: Layout, mode: str) -> list[LockRequest]:
@@ -128,7 +129,8 @@ def iterate(
 
     ``step`` takes the arrays of the state, and returns as many, of the same shapes and dtypes; it is called once, with arrays that
     have no values, and what it computes is run for every step: with two sets of buffers, and without a barrier between steps. Slices,
-    `roll`, `pad`, ``v = u.copy(); v[1:-1] = ...``, reductions, masks and other stored arrays may stand in it. Random numbers drawn in it
+    `roll`, `pad`, ``v = u.copy(); v[1:-1] = ...``, reductions, masks and other stored arrays may stand in it. Views are of the same memory,
+    as in NumPy: ``inner = v[1:-1]; inner[...] = ...`` and ``out=v[1:]`` write ``v``. Random numbers drawn in it
     are new in every step, and depend on the seed and the number of the step alone.
 
     Parameters
@@ -282,7 +284,7 @@ class _Loop:
 
         before = [_whole(role) for role in self.roles]
         slots = dict(zip(self.values.names, (wrap(_whole(role)) for role in self.slots[1:]), strict=True))
-        with stepped(_whole(self.slots[0])):
+        with stepped(_whole(self.slots[0])), linking():
             given = step(*arrays(before), **slots)
             results = given if isinstance(given, (tuple, list)) else (given,)
             if len(results) != len(before):

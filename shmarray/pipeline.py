@@ -222,6 +222,10 @@ class _Flow:
                     f"{what}: stage {number} of {len(stages)} is a {type(stage).__name__}, {stage!r}: give functions of one frame, "
                     f"sa.expression(f) or sa.ordered(f)."
                 )
+        given: Any = source
+        if not isinstance(given, Iterable) and not hasattr(given, "__getitem__"):
+            kind = type(source).__name__
+            raise TypeError(f"{what}({source!r:.80}): the source is an iterable of frames, such as a list or a generator, not a {kind}.")
         if depth is not None and (not isinstance(depth, (int, np.integer)) or depth < 1):
             raise ValueError(f"{what}(depth={depth!r}): give the number of frames that may be on their way, at least 1.")
         self.line = user_line()
@@ -299,6 +303,11 @@ class _Flow:
                 return
             if isinstance(result, _Failed):
                 try:
+                    if isinstance(result.error, StopIteration):  # out of a generator it would come as another error, without its notes
+                        wrong = RuntimeError(f"a function of the pipeline raised StopIteration: {result.error!r}")
+                        for note in getattr(result.error, "__notes__", ()):
+                            wrong.add_note(note)
+                        raise wrong from result.error
                     raise result.error
                 finally:
                     del result, early  # no circle with the traceback

@@ -449,11 +449,13 @@ class Storage:
     def _find_cells(self, layout: Layout) -> list[tuple[int, int]]:
         if not math.prod(layout.shape):
             return []
+        counts = self.counts
+        if math.prod(counts) == 1:  # a small array: of a time step that makes a new one this would be a fifth of the time
+            return [(0, 1)]
         box = self.base_box(layout)
         ranges = [
             (bisect_right(starts, piece.start) - 1, bisect_left(starts, piece.stop)) for starts, piece in zip(self.cells, box, strict=True)
         ]
-        counts = self.counts
         # Trailing axes that are taken whole, and the axis before them, form one run of numbers.
         inner = len(ranges)
         run = 1

@@ -16,7 +16,7 @@ from shmarray.chunks import Chunks, normalize_chunks
 from shmarray.compute import new_stored
 from shmarray.dtypes import checked_dtype
 from shmarray.expr import Block, BlockOperation, Expr, Fill, FillOperation, Foreign, View, exact, make
-from shmarray.handle import Handle, as_handle, as_node, in_memory, refuse_masked, value_of, wrap
+from shmarray.handle import Handle, as_handle, as_node, in_memory, is_linking, refuse_masked, value_of, wrap
 from shmarray.ops.elementwise import cast
 from shmarray.ops.shaping import broadcast_to, stack
 from shmarray.region import Box, IndexMap
@@ -345,7 +345,10 @@ def array(a: Any, dtype: Any = None, *, copy: bool = True, chunks: Any = None, n
             checked_dtype(dtype)
         values = np.asarray(a, dtype=dtype)
         checked_dtype(values.dtype, f"{type(a).__name__} {a!r}"[:80])
-        x = new_stored(values, normalize_chunks("auto" if chunks is None else chunks, values.shape, values.dtype))
+        if is_linking():  # in a step that is traced: made anew in each, and then written
+            x = asarray(values.copy(), chunks=chunks)
+        else:
+            x = new_stored(values, normalize_chunks("auto" if chunks is None else chunks, values.shape, values.dtype))
     while x.ndim < ndmin:
         x = x[None]
     return x

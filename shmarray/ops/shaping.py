@@ -16,8 +16,8 @@ import numpy as np
 
 from shmarray.chunks import Chunks
 from shmarray.dtypes import cast_dtype
-from shmarray.expr import Assemble, Expr, Reshape, View, make
-from shmarray.handle import Handle, as_handle, value_of, wrap, wrap_stored
+from shmarray.expr import Assemble, Expr, Reshape, View, make, user_line
+from shmarray.handle import Handle, Link, as_handle, is_linking, value_of, wrap, wrap_linked, wrap_stored
 from shmarray.ops.elementwise import cast
 from shmarray.ops.gather import gather, spilling_pool
 from shmarray.region import IndexMap, axis_tuple, broadcast_shape, identity_map, index_map, reshape_strides, resolve_shape
@@ -62,9 +62,16 @@ def view_of(x: Any, map: IndexMap, chunks: Chunks | None = None) -> Any:
         offset, strides = map.apply_strides(x._layout.strides)
         layout = Layout(x._layout.offset + offset, map.shape, strides, x.dtype)
         return wrap_stored(x._storage, layout, chunks, live=x._live)
-    if map.is_identity(x.shape):
-        return wrap(x.node, chunks)
-    return wrap(make(View, map.shape, x.dtype, x.node, map), chunks)
+
+    def seen(node: Expr) -> Expr:
+        return node if map.is_identity(node.shape) else make(View, map.shape, node.dtype, node, map)
+
+    def written(node: Expr, values: Expr) -> Expr:
+        if any(n > 1 and axis < 0 for n, (axis, _) in zip(map.shape, map.axes, strict=True)):
+            raise ValueError(f"assignment destination is read-only: shape {map.shape} is a broadcast, whose elements share memory")
+        return make(Assemble, node.shape, node.dtype, (node, values), (identity_map(node.shape), map), "setitem")
+
+    return wrap_linked(Link(x, seen, written), chunks) if is_linking() else wrap(seen(x.node), chunks)
 
 
 def _map_chunks(x: Any, map: IndexMap) -> Chunks:
@@ -280,7 +287,19 @@ def reshape(a: Any, shape: Any, order: str = "C") -> Any:
         strides = reshape_strides(x.shape, x._layout.strides, new)
         if strides is not None:
             return wrap_stored(x._storage, Layout(x._layout.offset, new, strides, x.dtype), live=x._live)
-    return wrap(make(Reshape, new, x.dtype, x.node))
+
+    def seen(node: Expr) -> Expr:
+        return make(Reshape, new, node.dtype, node)
+
+    def written(node: Expr, values: Expr) -> Expr:
+        if x._link is not None:
+            raise TypeError(
+                f"writing through a reshaped slice or transpose, of shape {new}, at {user_line()}: whether NumPy would make a view or a "
+                f"copy of it depends on where it lies. Write through slices of the array itself, or into a copy()."
+            )
+        return make(Reshape, node.shape, node.dtype, values)
+
+    return wrap_linked(Link(x, seen, written)) if is_linking() else wrap(seen(x.node))
 
 
 def ravel(a: Any, order: str = "C") -> Any:

@@ -402,6 +402,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
 def test_bad_names_and_counts(tmp_path: Path, keywords: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         sa.save_checkpoint(tmp_path, 1, **keywords)
+    with pytest.raises(TypeError, match=r"step 1\.5: steps are whole numbers, not a float"):
+        sa.save_checkpoint(tmp_path, 1.5, a=np.ones(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps are whole numbers"):
         sa.save_checkpoint(tmp_path, -1)
 

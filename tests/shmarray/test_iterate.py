@@ -112,6 +112,93 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[np.ndarray[Any, Any], ...]]]
 }
 
 
+def through_a_name(u: Any, v: Any) -> Any:
+    inner = v[1:-1]
+    inner[...] = u[2:] * 0.5 + u[:-2] * 0.25
+    inner += 0.125
+    return v, u
+
+
+def through_a_view_of_a_view(u: Any, v: Any) -> Any:
+    v[1:][::-2].T[2] = u[::2, 0]
+    return v, u
+
+
+def through_out(u: Any, v: Any) -> Any:
+    np.add(u[1:], u[:-1], out=v[1:])
+    np.multiply(u, 0.5, out=u)
+    return v, u
+
+
+def both_ways(u: Any, v: Any) -> Any:
+    """What is written into the array is seen in the view, and read before it was written over."""
+    top, all_of_it = v[:2], v[:]
+    v[0] = u[1]
+    top *= 0.5
+    v[-1] = top[0] + all_of_it[1]
+    row = u[2]
+    u += 1
+    return v + row, u
+
+
+def halves(u: Any, v: Any) -> Any:
+    a, b = v[:3], v[3:]
+    a *= 0.5
+    b[:] = a + u[:3]
+    return v, u
+
+
+def reshaped(u: Any, v: Any) -> Any:
+    v.reshape(-1)[3:9] = u[0, :6]
+    v.ravel()[0] = 2
+    v[None, :, :, None][0, 1, 2, 0] = u[0, 0]
+    return v, u
+
+
+def in_new_arrays(u: Any, v: Any) -> Any:
+    w = np.empty_like(u)
+    inner = w[1:-1]
+    inner[...] = u[1:-1]
+    w[0] = w[-1] = 0
+    return w, v
+
+
+@pytest.mark.parametrize("step", [through_a_name, through_a_view_of_a_view, through_out, both_ways, halves, reshaped, in_new_arrays])
+def test_views_of_the_state_are_written_as_in_numpy(executor: str, step: Callable[..., Any]) -> None:
+    state = values((6, 7)), values((6, 7), 1)
+    for steps in (1, 2, 5):
+        found = sa.iterate(step, *state, steps=steps)
+        for mine, numpys in zip(found, loop(step, *state, steps=steps), strict=True):
+            np.testing.assert_allclose(mine, numpys, rtol=1e-14)
+
+
+def test_copies_of_arrays_with_values_are_written_in_a_step(executor: str) -> None:
+    constant = values((6, 7), 9)
+
+    def into_a_copy(of: Any, u: Any, v: Any) -> Any:
+        w = of.copy()
+        w[1:-1] += u[1:-1]
+        z = np.array(constant) if isinstance(of, np.ndarray) else sa.array(constant)
+        z[1:-1] = v[:-2]
+        return w, z
+
+    stored = sa.array(constant)
+    state = values((6, 7)), values((6, 7), 1)
+    found = sa.iterate(lambda u, v: into_a_copy(stored, u, v), *state, steps=3)
+    for mine, numpys in zip(found, loop(lambda u, v: into_a_copy(constant, u, v), *state, steps=3), strict=True):
+        np.testing.assert_array_equal(mine, numpys)
+    np.testing.assert_array_equal(stored, constant)
+
+
+def test_views_of_expressions_are_values_outside_steps() -> None:
+    sa.iterate(through_a_name, values(9), values(9, 1), steps=1)
+    x = sa.ones(5)
+    view = x[1:]
+    view += 1
+    np.testing.assert_array_equal(x, np.ones(5))
+    np.testing.assert_array_equal(view, np.full(4, 2.0))
+
+
 # Reductions and sums over several chunks are not NumPy's bits.
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_iterate_gives_what_a_loop_in_numpy_gives(executor: str, assert_same: Callable[..., None], name: str) -> None:
@@ -777,6 +864,24 @@ def raising(k: int) -> float:
     return 1.0
 
 
+def broadcast_written(u: Any) -> Any:
+    np.broadcast_to(u, (2, 3))[0] = 1
+    return u
+
+
+def reshaped_slice_written(u: Any) -> Any:
+    u[1:].reshape(2, 4)[0] = 1
+    return u
+
+
+def stored_written(other: Any) -> Any:
+    def step(u: Any) -> Any:
+        other[1:] = u[1:]
+        return u
+
+    return sa.iterate(step, np.zeros(3), steps=1)
+
+
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no function": (lambda: sa.iterate(np.zeros(3), np.zeros(3), steps=1), TypeError, "takes the function of a step first, got ndarray"),
     "no state": (lambda: sa.iterate(heat, steps=1), TypeError, "give at least one array"),
@@ -795,6 +900,10 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "branch on a state": (lambda: sa.iterate(lambda u: u if u[0] > 0 else -u, np.zeros(3), steps=1), TypeError, "cannot branch on values"),
     "float": (lambda: sa.iterate(lambda u: u * float(u.max()), np.zeros(3), steps=1), TypeError, "at .*test_iterate.py"),
     "NumPy": (lambda: sa.iterate(lambda u: np.asarray(u) + 1, np.zeros(3), steps=1), TypeError, "no values"),
+    "read-only": (lambda: sa.iterate(broadcast_written, np.zeros(3), steps=1), ValueError, "assignment destination is read-only"),
+    "reshaped slice": (lambda: sa.iterate(reshaped_slice_written, np.zeros(9), steps=1), TypeError, "reshaped slice or transpose"),
+    "picked": (lambda: sa.iterate(lambda u: u[[2, 0, 1]], np.zeros(3), steps=1), TypeError, "elements picked by masks or index arrays"),
+    "stored": (lambda: stored_written(sa.zeros(3).persist()), TypeError, r"writing into stored arrays but a copy\(\)"),
     "persist": (lambda: sa.iterate(lambda u: (u + 1).persist(), np.zeros(3), steps=1), TypeError, "no values"),
     "nested": (lambda: sa.iterate(lambda u: sa.iterate(heat, u, steps=2), np.zeros(3), steps=1), TypeError, "no values"),
     "scalar array": (

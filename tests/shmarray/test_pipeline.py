@@ -778,3 +778,19 @@ def test_buffers_too_small_give_way() -> None:
         gc.collect()
         assert ring.take(1) is not larger
         ring.clear()
+
+
+def test_a_stage_that_raises_stop_iteration_is_named() -> None:
+    def stage(k: int) -> Any:
+        return next(iter([])) if k == 3 else k
+
+    results: list[int] = []
+    with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
+        sa.pipeline(range(9), stage, results.append)
+    assert "in frame 3 of 'stage 1 of 1, stage'" in caught.value.__notes__
+    assert results == [0, 1, 2]
+
+
+def test_a_source_that_is_no_iterable_is_told() -> None:
+    with pytest.raises(TypeError, match=r"pipeline\(5\): the source is an iterable of frames.*not a int"):
+        sa.pipeline(5, print)  # type: ignore[arg-type]
