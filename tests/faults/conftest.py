@@ -29,8 +29,10 @@ import psutil
 import pytest
 
 import scheduler
+from scheduler import extents as scheduler_extents
 from scheduler import faults
 from scheduler import pool as scheduler_pool
+from scheduler.extents import Extents
 
 ROOT = str(Path(scheduler.__file__).parent.parent)
 LIMIT_S = 90  # of a script: far beyond what any needs
@@ -273,16 +275,24 @@ def held() -> Counter[str]:
     return found
 
 
+def arena_nbytes() -> dict[Extents, int]:
+    """Return how much of each arena and spill file is live."""
+    gc.collect()
+    return {extents: extents.statistics().live_nbytes for extents in list(scheduler_extents._live_extents)}
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Compare this process with itself before; no fault may stay armed."""
-    before, shm = held(), _shm()
+    before, shm, nbytes = held(), _shm(), arena_nbytes()
     yield
     faults.arm(None, who="driver")
     try:
         wait_until(lambda: not held() - before, "the end of what the test began", SETTLE_S)
     except AssertionError as error:
         raise AssertionError(f"left behind: {dict(held() - before)}") from error
+    more = {extents: live - nbytes.get(extents, 0) for extents, live in arena_nbytes().items()}
+    assert not [each for each in more.values() if each > 0], f"bytes of arenas that are still live: {more}"
     assert not _shm() - shm, f"left in /dev/shm: {_shm() - shm}"
     for loop in list(scheduler_pool._loops):
         assert loop._is_closing or not loop.tickets, f"plans that still run: {list(loop.tickets)}"
