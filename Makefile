@@ -33,7 +33,7 @@ test: $(VENV)/.test-installed $(VENV)/.demo-installed
 
 # Prints the first seed; SHMARRAY_SOAK_SEED=... repeats from there.
 soak: $(VENV)/.test-installed
-	SHMARRAY_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/faults/test_points.py tests/faults/test_chaos.py
+	SHMARRAY_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/faults/test_points.py tests/faults/test_add_at.py tests/faults/test_chaos.py
 
 bench: $(VENV)/.bench-installed
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; echo; done

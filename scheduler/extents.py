@@ -1,13 +1,14 @@
 """Which bytes of the arena are whose: an allocator whose bookkeeping lies in the driver's private heap, out of workers' reach.
 
-Promises: live extents never overlap; bytes that a worker may still write are not handed out again; memory that was touched
-before is used first; the arena stays bounded under any sequence of allocate and free; Ctrl-C at any instant, a garbage
-collection in the middle of `allocate`, and a fork leave the books right. Relies on an arena with ``nbytes`` and
-``punch(offset, nbytes)``, nothing more. Never put here: budgets (`limits`), locks (`locks`), or anything that reads the bytes.
+Promises: live extents never overlap; memory that was touched before is used first; the arena stays bounded under any sequence
+of allocate and free; Ctrl-C at any instant, a garbage collection in the middle of `allocate`, and a fork leave the books right.
+Relies on an arena with ``nbytes`` and ``punch(offset, nbytes)``, nothing more. Never put here: budgets (`limits`), locks
+(`locks`), who still uses what, or anything that reads the bytes: an extent lives as long as its object, so whoever has bytes
+written to holds that until the writing has ended.
 
     0                                                                   high water                        arena.nbytes
     +-------+------+------+----------------------+-------+--------------+---------------------------------------+
-    | live  | warm | cold | slab: live|warm|live | quar. | warm         | cold, never touched                   |
+    | live  | warm | cold | slab: live|warm|live | live  | warm         | cold, never touched                   |
     +-------+------+------+----------------------+-------+--------------+---------------------------------------+
             '---- gap ----'                              '------------------ gap -------------------------------'
 
@@ -97,12 +98,11 @@ class _Tombstone(weakref.ref[Extent]):
 class ExtentStatistics:
     """A snapshot of the allocator, in bytes as rounded to size classes.
 
-    ``peak_nbytes``: the most that was live or in quarantine at once. ``high_water_nbytes``: addresses above were never used.
+    ``peak_nbytes``: the most that was live at once. ``high_water_nbytes``: addresses above were never used.
     """
 
     live_nbytes: int
     live_extents: int
-    quarantined_nbytes: int
     warm_nbytes: int
     peak_nbytes: int
     high_water_nbytes: int
@@ -225,7 +225,7 @@ class _Space:
 class Extents:
     """The allocator of one arena, for any thread of the driver.
 
-    The truth is in three dictionaries (``_taken``, ``_slabs``, ``_pins``), each changed by one atomic step; all else can be
+    The truth is in two dictionaries (``_taken``, ``_slabs``), each changed by one atomic step; all else can be
     derived from them. So an exception in the middle of a change (Ctrl-C arrives between any two instructions) costs no
     more than building the indexes again.
     """
@@ -245,12 +245,9 @@ class Extents:
         self._is_child = False  # of a fork, which must never punch
         self._punches_unasked = True
         self._dead: deque[int | _Tombstone] = deque()  # freed and collected extents; any thread, any time, without the lock
-        self._taken: dict[int, tuple[int, int]] = {}  # identity -> (offset, nbytes): live or in quarantine
+        self._taken: dict[int, tuple[int, int]] = {}  # identity -> (offset, nbytes) of what is live
         self._tombstones: dict[int, _Tombstone] = {}  # kept here, for a weak reference that is gone calls nobody
         self._slabs: dict[int, int] = {}  # start -> nbytes
-        self._pins: dict[int, int] = {}  # identity -> how many retained it
-        self._quarantined: set[int] = set()  # freed while pinned
-        self._unpinned = False  # a pin was dropped since the quarantine was last looked through
         self._high_water = 0
         self._peak_nbytes = 0
         self._rebuild()
@@ -299,26 +296,6 @@ class Extents:
             f"{len(self._taken)} extents), use smaller chunks, or a pool with a larger arena."
         )
 
-    def retain(self, identity: int) -> None:
-        """Keep the bytes of an extent from being used again, even when it is freed, until as many calls of `release`."""
-        with self._lock:
-            if identity not in self._taken:
-                raise ValueError(f"retaining extent {identity}: it is not live; retain it while its Extent is held.")
-            self._pins[identity] = self._pins.get(identity, 0) + 1
-
-    def release(self, identity: int) -> None:
-        """Undo one `retain`. The last one lets a freed extent out of quarantine."""
-        with self._lock:
-            count = self._pins.get(identity, 0)
-            if count == 0:
-                raise ValueError(f"releasing extent {identity}: it is not retained; call release once for each retain.")
-            # No index is touched, so a finalizer may come here at any time; `_bury` does the rest.
-            if count > 1:
-                self._pins[identity] = count - 1
-            else:
-                del self._pins[identity]
-                self._unpinned = True
-
     def trim(self, keep_nbytes: int = 0) -> int:
         """Give warm free memory beyond ``keep_nbytes`` back to the system, largest ranges first, and return how much that was.
 
@@ -329,7 +306,6 @@ class Extents:
                 return 0  # from a finalizer in the middle of a change: whoever wants memory back can ask again
             self._changing = True
             try:
-                self._unpinned = True  # in case Ctrl-C once kept `release` from saying so
                 self._bury()
                 self._return_slabs(spare_nbytes=0)
                 return self._punch(keep_nbytes)
@@ -360,11 +336,9 @@ class Extents:
             self.drain()
             before, self._changing = self._changing, True  # a finalizer must not change what is being read
             try:
-                quarantined = [self._taken[identity][1] for identity in self._quarantined]
                 return ExtentStatistics(
-                    live_nbytes=self._live_nbytes - sum(quarantined),
-                    live_extents=len(self._taken) - len(quarantined),
-                    quarantined_nbytes=sum(quarantined),
+                    live_nbytes=self._live_nbytes,
+                    live_extents=len(self._taken),
                     warm_nbytes=self._large.warm.nbytes + self._small.warm.nbytes,
                     peak_nbytes=self._peak_nbytes,
                     high_water_nbytes=self._high_water,
@@ -375,8 +349,7 @@ class Extents:
     def taken_nbytes(self, identities: Iterable[int]) -> int:
         """Return how much of ``live_nbytes`` these extents are: as rounded to size classes, and 0 for those that are gone."""
         with self._lock:
-            taken, quarantined = self._taken, self._quarantined
-            return sum(taken[identity][1] for identity in identities if identity in taken and identity not in quarantined)
+            return sum(self._taken[identity][1] for identity in identities if identity in self._taken)
 
     def check(self) -> None:
         """Assert that the books are right: everything below the high water is taken or free, once, and all indexes agree."""
@@ -410,10 +383,6 @@ class Extents:
         assert self._live_nbytes == sum(nbytes for _, nbytes in self._taken.values())
         assert self._live_nbytes <= self._peak_nbytes
         assert self._tombstones.keys() == self._taken.keys()
-        assert self._quarantined <= self._taken.keys(), "in quarantine but given back"
-        assert self._pins.keys() <= self._taken.keys(), "pinned but given back"
-        assert self._unpinned or self._quarantined <= self._pins.keys(), "in quarantine without a pin"
-        assert all(count > 0 for count in self._pins.values())
 
     def _bury(self) -> bool:
         """Free what is dead, and return whether there was anything. Caller has set `_changing`, as for all that follow."""
@@ -427,22 +396,13 @@ class Extents:
             self._free(corpse if isinstance(corpse, int) else corpse.identity)
             dead.popleft()
             freed = True
-        if self._unpinned:
-            self._unpinned = False
-            for identity in [identity for identity in self._quarantined if identity not in self._pins]:
-                self._free(identity)
-                freed = True
         return freed
 
     def _free(self, identity: int) -> None:
         if identity not in self._taken:
             return  # freed by hand more than once
-        if identity in self._pins:
-            self._quarantined.add(identity)
-            return
         offset, nbytes = self._taken.pop(identity)  # first: cut short from here on, `_rebuild` finds the bytes free
         self._tombstones.pop(identity, None)
-        self._quarantined.discard(identity)
         self._live_nbytes -= nbytes
         if nbytes >= LARGE_NBYTES:
             self._large.give(offset, offset + nbytes, ((offset, offset + nbytes),))
@@ -557,10 +517,8 @@ class Extents:
         for start, nbytes in small:
             self._small.take(start, start + nbytes)
         self._tombstones = {i: stone for i, stone in self._tombstones.items() if i in self._taken}
-        self._quarantined &= self._taken.keys()
         self._live_nbytes = sum(nbytes for _, nbytes in self._taken.values())
         self._peak_nbytes = max(self._peak_nbytes, self._live_nbytes)
-        self._unpinned = True
         self._damaged = False
 
     def _start_anew_in_child(self) -> None:

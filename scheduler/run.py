@@ -7,6 +7,7 @@ Relies on everything below: executors, pool, extents, locks, limits. Never put h
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import logging
@@ -204,7 +205,7 @@ class Pool:
             self._spill_extents.drain()
 
     def can_spill(self) -> bool:
-        """Return whether there is a spill file; make it on first need."""
+        """Return whether there is a spill file; make it on first need. Raises SpillError when no descriptor is left for it."""
         if self._spill_extents is not None:
             return True
         if self._why_no_spill is not None:
@@ -214,6 +215,8 @@ class Pool:
                 try:
                     self._open_spill()
                 except SpillError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE):
+                        raise  # of this moment; what is found here is for good, as workers inherit the file or do not
                     self._why_no_spill = str(error)
         return self._spill_extents is not None
 

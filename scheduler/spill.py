@@ -52,7 +52,11 @@ def _write_some(fd: int, part: memoryview, offset: int) -> int:
 
 def default_directory() -> str | None:
     """Return where to spill if nobody says: the first temporary directory that lies on a disk; None: there is none."""
-    for directory in dict.fromkeys((tempfile.gettempdir(), "/var/tmp")):
+    try:
+        temporary = [tempfile.gettempdir()]
+    except FileNotFoundError:  # it could not write to any: not allowed, or no descriptor is left, of which the maker of the file will tell
+        temporary = []
+    for directory in dict.fromkeys((*temporary, "/var/tmp")):
         if os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK) and _is_on_disk(directory):
             return directory
     return None
@@ -88,9 +92,11 @@ class SpillFile:
         try:
             fd = _open_nameless(directory)
         except OSError as error:
+            advice = f"Set spill_directory to a directory on a disk that this user may write to, or to {OFF!r} to do without."
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                advice = "Close files that are no longer needed, or raise the limit (ulimit -n)."
             raise SpillError(
-                f"making a spill file in {directory!r} failed: {error.strerror}. Set spill_directory to a directory on a disk that "
-                f"this user may write to, or to {OFF!r} to do without.",
+                f"making a spill file in {directory!r} failed: {error.strerror}. {advice}",
                 path=directory,
                 errno=error.errno,
             ) from error

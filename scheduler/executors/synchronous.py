@@ -5,7 +5,6 @@ Promises: plain tracebacks through the user's function, no threads, nothing pick
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 
 from scheduler.running import Host, Lane, Running, raise_failure
@@ -30,7 +29,7 @@ def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
     running = Running(pool, plan, outcome)
     lane = Lane(pool.memory)
     failure: PlanFailed | None = None
-    is_done = False
+    is_done = was_struck = False
     try:
         state = State(1)
         state.handle(WorkerJoined(0))
@@ -63,14 +62,21 @@ def run(pool: Host, plan: Plan, outcome: Outcome) -> Report:
             events.append(running.noted(lane.run(running, ranges.popleft(), interruptible=True)))
     except BaseException as error:  # Ctrl-C may strike anywhere here, also in the state machine: the lane knows what was done
         while failure is None and not is_done:
-            with contextlib.suppress(KeyboardInterrupt):  # a second one: the first is told already
+            try:  # no function of Python's stands before it, not even `suppress`: as that begins, Ctrl-C would get past it
                 failure = lane.account(running, error)
+            except KeyboardInterrupt:
+                was_struck = True
         raise
     finally:
         is_closed = False
         while not is_closed:
-            with contextlib.suppress(KeyboardInterrupt):
+            try:
                 running.close(failure, is_done=is_done)
                 is_closed = True
+            except KeyboardInterrupt:
+                was_struck = True
         lane.redo.close()
+        is_told = failure is not None and isinstance(failure.error, KeyboardInterrupt)
         del failure  # no circle with the traceback
+        if was_struck and not is_told:
+            raise KeyboardInterrupt

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,25 @@ import psutil
 import pytest
 
 import scheduler
+from scheduler import extents as scheduler_extents
 from scheduler import faults
 from scheduler import pool as scheduler_pool
+from scheduler.extents import Extents
 
 ROOT = str(Path(scheduler.__file__).parent.parent)
 LIMIT_S = 90  # of a script: far beyond what any needs
 SETTLE_S = 10  # for the kernel, and threads that are ending, to take back what was let go
-FOREIGN = ("sem.mp-", "psm_", "pym-", "torch_", "lttng", "PostgreSQL")  # prefixes in /dev/shm that are never ours
+# Prefixes in /dev/shm that are never ours: of multiprocessing, joblib and others.
+FOREIGN = ("sem.mp-", "sem.loky", "loky-", "joblib_memmapping", "psm_", "pym-", "torch_", "lttng", "PostgreSQL")
 MARK = "SHMARRAY_TEST_MARK"
+EMPTY: Mapping[int, int] = {}
 SOAK_MINUTES = float(os.environ.get("SHMARRAY_SOAK_MINUTES", "0"))
 
 # What stands in front of every script: stacks when it hangs, Ctrl-C also where a shell ignores it, and `check_nothing_left`.
 PROLOGUE = """
+import resource
+for name, most in {limits}.items():
+    resource.setrlimit(getattr(resource, name), (most, most))
 import atexit, faulthandler, gc, os, select, signal, sys, threading, time
 faulthandler.dump_traceback_later({limit_s} - 5, exit=True)
 sys.path.insert(0, {root!r})
@@ -102,15 +109,17 @@ class Outcome:
 
 class Script:
     """A script that runs in a process of its own, in its own session, with files for its output: a worker that outlives it
-    must be found, not waited for."""
+    must be found, not waited for. ``limits``, by name, as of the resource module: set before anything is imported."""
 
-    def __init__(self, directory: Path, body: str, *flags: str, limit_s: float = LIMIT_S, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, body: str, *flags: str, limit_s: float = LIMIT_S, limits: Mapping[str, int] = EMPTY, **environment: str
+    ) -> None:
         self.limit_s = limit_s
         self.directory = directory / f"run-{uuid.uuid4().hex[:8]}"
         self.temporary = self.directory / "tmp"
         self.temporary.mkdir(parents=True)
         path = self.directory / "script.py"
-        path.write_text(PROLOGUE.format(root=ROOT, limit_s=limit_s, settle_s=SETTLE_S) + textwrap.dedent(body))
+        path.write_text(PROLOGUE.format(root=ROOT, limit_s=limit_s, settle_s=SETTLE_S, limits=dict(limits)) + textwrap.dedent(body))
         self.mark = uuid.uuid4().hex
         self.shm = _shm()
         with open(self.directory / "out", "w") as out, open(self.directory / "err", "w") as err:
@@ -212,11 +221,12 @@ def start(tmp_path: Path) -> Callable[..., Script]:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Callable[..., Outcome]:
-    """``script(body, *flags, ...)`` runs a script to its end; it must exit with 0 and in silence on stderr."""
+    """``script(body, *flags, ...)`` runs a script to its end; it must exit with 0 and, unless ``is_silent=False``, in silence."""
 
-    def run(body: str, *flags: str, returncode: int = 0, continue_stopped: bool = False, **more: Any) -> Outcome:
+    def run(body: str, *flags: str, returncode: int = 0, continue_stopped: bool = False, is_silent: bool = True, **more: Any) -> Outcome:
         outcome = Script(tmp_path, body, *flags, **more).end(continue_stopped=continue_stopped)
-        assert (outcome.returncode, outcome.stderr) == (returncode, ""), outcome.stdout[-2000:]
+        told = outcome.stderr if is_silent else ""
+        assert (outcome.returncode, told) == (returncode, ""), outcome.stdout[-2000:] + outcome.stderr[-2000:]
         return outcome
 
     return run
@@ -265,16 +275,24 @@ def held() -> Counter[str]:
     return found
 
 
+def arena_nbytes() -> dict[Extents, int]:
+    """Return how much of each arena and spill file is live."""
+    gc.collect()
+    return {extents: extents.statistics().live_nbytes for extents in list(scheduler_extents._live_extents)}
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     """Compare this process with itself before; no fault may stay armed."""
-    before, shm = held(), _shm()
+    before, shm, nbytes = held(), _shm(), arena_nbytes()
     yield
     faults.arm(None, who="driver")
     try:
         wait_until(lambda: not held() - before, "the end of what the test began", SETTLE_S)
     except AssertionError as error:
         raise AssertionError(f"left behind: {dict(held() - before)}") from error
+    more = {extents: live - nbytes.get(extents, 0) for extents, live in arena_nbytes().items()}
+    assert not [each for each in more.values() if each > 0], f"bytes of arenas that are still live: {more}"
     assert not _shm() - shm, f"left in /dev/shm: {_shm() - shm}"
     for loop in list(scheduler_pool._loops):
         assert loop._is_closing or not loop.tickets, f"plans that still run: {list(loop.tickets)}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import numpy as np
@@ -18,28 +18,11 @@ import shmarray as sa
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [pytest.mark.timeout(90), pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="worker processes need Linux")]
 
-ROOT = str(Path(sa.__file__).parents[1])
-PROLOGUE = f"""
-import faulthandler, os, resource, sys
-faulthandler.dump_traceback_later(50, exit=True)
-sys.path.insert(0, {ROOT!r})
-"""
-
-
-def script(tmp_path: Path, body: str, *, status: int = 0) -> tuple[list[str], str]:
-    """Run a script; return the lines it printed, and its stderr."""
-    path = tmp_path / "script.py"
-    path.write_text(PROLOGUE + textwrap.dedent(body))
-    out = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
-    assert out.returncode == status, out.stderr
-    return out.stdout.splitlines(), out.stderr
-
+Run = Callable[..., Any]  # the fixture `script`
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
 WORK = """
-import numpy as np
-import shmarray as sa
 values = np.random.default_rng(0).random((1000, 500))
 with sa.Pool(workers=2, memory_limit="64MiB") as pool:
     x = sa.array(values)
@@ -55,18 +38,14 @@ with sa.Pool(workers=2, memory_limit="64MiB") as pool:
 @pytest.mark.parametrize(
     ("limit", "nbytes"), [("RLIMIT_AS", 4 << 30), ("RLIMIT_FSIZE", 256 << 20), ("RLIMIT_NOFILE", 64), ("RLIMIT_CORE", 0)]
 )
-def test_limits_of_the_process_are_lived_with(tmp_path: Path, limit: str, nbytes: int) -> None:
-    lines, stderr = script(tmp_path, f"resource.setrlimit(resource.{limit}, ({nbytes}, {nbytes}))\n{WORK}")
-    assert lines == ["True"] * 4 and stderr == ""
+def test_limits_of_the_process_are_lived_with(script: Run, limit: str, nbytes: int) -> None:
+    assert script(WORK, limits={limit: nbytes}).lines == ["True"] * 4
 
 
-def test_too_little_address_space_is_an_error_with_numbers(tmp_path: Path) -> None:
+def test_too_little_address_space_is_an_error_with_numbers(script: Run) -> None:
     """For NumPy it is enough, for what is asked for it is not."""
-    lines, _ = script(
-        tmp_path,
+    outcome = script(
         """
-        import numpy as np
-        import shmarray as sa
         in_use = int(open("/proc/self/statm").read().split()[0]) * 4096
         resource.setrlimit(resource.RLIMIT_AS, (in_use + (256 << 20),) * 2)
         try:
@@ -76,17 +55,14 @@ def test_too_little_address_space_is_an_error_with_numbers(tmp_path: Path) -> No
             print(type(error).__name__, "MiB" in str(error) or "bytes" in str(error))
         print("on")
         """,
+        is_silent=False,
     )
-    assert lines[-1] == "on" and lines[0].endswith("True")
+    assert outcome.lines[-1] == "on" and outcome.lines[0].endswith("True")
 
 
-def test_ten_thousand_chunks_need_no_more_descriptors_than_workers(tmp_path: Path) -> None:
-    lines, stderr = script(
-        tmp_path,
+def test_ten_thousand_chunks_need_no_more_descriptors_than_workers(script: Run) -> None:
+    outcome = script(
         """
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-        import numpy as np
-        import shmarray as sa
         with sa.Pool(workers=2, memory_limit="256MiB"):
             x = sa.arange(100_000.0, chunks=10)
             assert x.numblocks == (10_000,)
@@ -95,17 +71,14 @@ def test_ten_thousand_chunks_need_no_more_descriptors_than_workers(tmp_path: Pat
             many = [sa.arange(10.0).persist() for _ in range(500)]
             print(len(os.listdir("/proc/self/fd")) < 40, sum(float(m.sum()) for m in many))
         """,
+        limits={"RLIMIT_NOFILE": 64},
     )
-    assert lines == [f"True {sum(range(100_000)) + 100_000:.1f}", f"True {500 * 45.0}"] and stderr == ""
+    assert outcome.lines == [f"True {sum(range(100_000)) + 100_000:.1f}", f"True {500 * 45.0}"]
 
 
-def test_without_a_descriptor_left_there_is_an_error_and_work_after(tmp_path: Path) -> None:
-    lines, _ = script(
-        tmp_path,
+def test_without_a_descriptor_left_there_is_an_error_and_work_after(script: Run) -> None:
+    outcome = script(
         """
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-        import numpy as np
-        import shmarray as sa
         with sa.Pool(workers=2, memory_limit="64MiB"):
             x = sa.ones(100, chunks=10)
             held = []
@@ -121,15 +94,15 @@ def test_without_a_descriptor_left_there_is_an_error_and_work_after(tmp_path: Pa
             held.clear()
             print(float(x.map_blocks(lambda b: b + 1, dtype=float).sum().compute()))
         """,
+        limits={"RLIMIT_NOFILE": 64},
+        is_silent=False,
     )
-    assert lines == ["True", "200.0"]
+    assert outcome.lines == ["True", "200.0"]
 
 
 # ------------------------------------------------------------------------------------- tasks that break their process
 
 BREAKING = """
-import numpy as np
-import shmarray as sa
 values = np.random.default_rng(0).random((64, 100))
 
 def breaks(b):
@@ -161,22 +134,18 @@ with sa.Pool(workers=2, memory_limit="64MiB") as pool:
         "import os; os.closerange(3, 256); [os.open(os.devnull, os.O_RDWR) for _ in range(20)]",
     ],
 )
-def test_a_task_that_closes_every_descriptor_costs_a_worker_not_the_result(tmp_path: Path, what: str) -> None:
-    lines, stderr = script(tmp_path, BREAKING.format(what=what))
-    assert lines == ["True"] * 4
-    assert "Traceback" not in stderr and "breaks" not in stderr
+def test_a_task_that_closes_every_descriptor_costs_a_worker_not_the_result(script: Run, what: str) -> None:
+    outcome = script(BREAKING.format(what=what), is_silent=False)
+    assert outcome.lines == ["True"] * 4
+    assert "Traceback" not in outcome.stderr and "breaks" not in outcome.stderr
     if "(0," not in what:
-        assert "closed descriptors" in stderr
+        assert "closed descriptors" in outcome.stderr
 
 
-def test_a_worker_never_writes_to_what_has_taken_its_sockets_place(tmp_path: Path) -> None:
+def test_a_worker_never_writes_to_what_has_taken_its_sockets_place(script: Run, tmp_path: Path) -> None:
     """A task closes everything; its own connection then gets our number. Not a byte of ours may come out there."""
-    lines, _ = script(
-        tmp_path,
+    outcome = script(
         """
-        import numpy as np
-        import shmarray as sa
-
         def takes_over(b, path):
             import os, socket, threading
             os.closerange(3, 256)
@@ -197,49 +166,42 @@ def test_a_worker_never_writes_to_what_has_taken_its_sockets_place(tmp_path: Pat
             return b * 2
 
         with sa.Pool(workers=1, memory_limit="64MiB"):
-            print(sa.ones(4, chunks=2).map_blocks(takes_over, "leaked", dtype=float).sum().compute())
+            print(sa.ones(4, chunks=2).map_blocks(takes_over, os.environ["LEAKED"], dtype=float).sum().compute())
         """,
+        is_silent=False,
+        LEAKED=str(tmp_path / "leaked"),
     )
-    assert lines == ["8.0"]
+    assert outcome.lines == ["8.0"]
     assert not (tmp_path / "leaked").exists() or (tmp_path / "leaked").read_bytes() == b""
 
 
 @pytest.mark.parametrize(
     "what",
     [
-        "import os; os.chdir('/')",
-        "import os; os.environ.clear()",
-        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))",
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))",
-        "import sys; sys.path.clear(); sys.modules.pop('scheduler', None)",
-        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.alarm(0)",
-        "import os; os.setsid() if os.getsid(0) != os.getpid() else None; os.umask(0o777)",
-        "import gc; gc.disable(); import warnings; warnings.simplefilter('error')",
-        "import sys; sys.stdout = sys.stderr = None",
+        "import os; os.chdir('/'); os.environ.clear(); os.umask(0o777); os.nice(5); os.getsid(0) == os.getpid() or os.setsid()",
+        "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (3, 3)); r.setrlimit(r.RLIMIT_FSIZE, (0, 0)); "
+        "r.setrlimit(r.RLIMIT_AS, (1 << 33, 1 << 33))",
+        "import sys; sys.path.clear(); sys.modules.pop('scheduler', None); import gc; gc.disable(); "
+        "import warnings; warnings.simplefilter('error')",
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.alarm(0); import sys; sys.stdout = sys.stderr = None",
         "import sys; sys.stdout.close()",
-        "import os; os.nice(5)",
     ],
 )
-def test_a_task_that_changes_its_process_harms_no_result(tmp_path: Path, what: str) -> None:
-    lines, stderr = script(tmp_path, BREAKING.format(what=what))
-    assert lines == ["True"] * 4
-    assert stderr == ""
+def test_a_task_that_changes_its_process_harms_no_result(script: Run, what: str) -> None:
+    assert script(BREAKING.format(what=what)).lines == ["True"] * 4
 
 
-def test_a_task_that_leaves_itself_no_memory_is_told_of(tmp_path: Path) -> None:
+def test_a_task_that_leaves_itself_no_memory_is_told_of(script: Run) -> None:
     what = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1, 1)); np.ones(50_000_000)"
-    lines, stderr = script(tmp_path, BREAKING.format(what=what))
-    assert lines[:2] == ["True"] * 2
-    assert "MemoryError True" in stderr  # its own, with chunk and line
+    outcome = script(BREAKING.format(what=what), is_silent=False)
+    assert outcome.lines[:2] == ["True"] * 2
+    assert "MemoryError True" in outcome.stderr  # its own, with chunk and line
 
 
-def test_a_segmentation_fault_shows_its_stack_and_its_name(tmp_path: Path) -> None:
-    lines, stderr = script(
-        tmp_path,
+def test_a_segmentation_fault_shows_its_stack_and_its_name(script: Run) -> None:
+    outcome = script(
         """
         import ctypes
-        import shmarray as sa
 
         def breaks(b):
             ctypes.string_at(0)
@@ -250,20 +212,19 @@ def test_a_segmentation_fault_shows_its_stack_and_its_name(tmp_path: Path) -> No
             except sa.WorkerDied as error:
                 print("killed by SIGSEGV" in str(error), "script.py" in str(error), "map_blocks(breaks)" in str(error))
         """,
+        is_silent=False,
     )
-    assert lines == ["True True True"]
-    assert "Segmentation fault" in stderr and "in breaks" in stderr
+    assert outcome.lines == ["True True True"]
+    assert "Segmentation fault" in outcome.stderr and "in breaks" in outcome.stderr
 
 
 # --------------------------------------------------------------------------------------------------- from outside
 
 
-def test_there_is_no_socket_to_connect_to_and_no_memory_for_others(tmp_path: Path) -> None:
-    lines, stderr = script(
-        tmp_path,
+def test_there_is_no_socket_to_connect_to_and_no_memory_for_others(script: Run) -> None:
+    outcome = script(
         """
         import stat
-        import shmarray as sa
         with sa.Pool(workers=2, memory_limit="64MiB") as pool:
             stored = sa.ones(1000).persist()
             stored += 1
@@ -297,7 +258,7 @@ def test_there_is_no_socket_to_connect_to_and_no_memory_for_others(tmp_path: Pat
                 print("unix", row)  # it has a name, or it listens
         """,
     )
-    assert lines == ["3000.0", "True True", "[]"] and stderr == ""
+    assert outcome.lines == ["3000.0", "True True", "[]"]
 
 
 # -------------------------------------------------------------------------------------------------------- patience

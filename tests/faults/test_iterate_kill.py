@@ -64,7 +64,7 @@ class Killer:
 @pytest.mark.parametrize(("step", "nfields"), [(heat, 1), (wave, 2), (noisy, 1)])
 def test_killed_workers_change_no_bit(small_grids: Callable[..., Any], step: Callable[..., Any], nfields: int) -> None:
     state = [np.random.default_rng(k).random((60, 50)) for k in range(nfields)]
-    steps = 1000
+    steps = 500
     with small_grids(TILE_ITEMS=300, BLOCK_ITEMS=100, REDUCTION_TILE_ITEMS=300):
         with sa.Pool(workers=0):
             found = sa.iterate(step, *state, steps=steps)

@@ -174,45 +174,6 @@ def test_arena_that_cannot_punch_keeps_working_and_says_so_when_asked() -> None:
     extents.check()
 
 
-def test_extent_freed_while_retained_is_not_used_again_before_the_last_release() -> None:
-    extents = make()
-    extent = extents.allocate(4 * MIB)
-    identity, offset = extent.identity, extent.offset
-    extents.retain(identity)
-    extents.retain(identity)
-    del extent
-    assert extents.allocate(4 * MIB).offset != offset
-    statistics = extents.statistics()
-    assert (statistics.live_extents, statistics.live_nbytes, statistics.quarantined_nbytes) == (0, 0, 4 * MIB)
-    extents.check()
-    extents.release(identity)
-    assert extents.allocate(4 * MIB).offset != offset
-    extents.release(identity)
-    extents.check()
-    assert extents.allocate(4 * MIB).offset == offset
-    assert extents.statistics().quarantined_nbytes == 0
-
-
-def test_release_before_free_leaves_the_extent_live() -> None:
-    extents = make()
-    extent = extents.allocate(100)
-    extents.retain(extent.identity)
-    extents.release(extent.identity)
-    assert extents.statistics().live_extents == 1
-    extents.check()
-
-
-def test_pins_that_do_not_match_are_refused() -> None:
-    extents = make()
-    extent = extents.allocate(100)
-    with pytest.raises(ValueError, match=f"releasing extent {extent.identity}"):
-        extents.release(extent.identity)
-    extent.free()
-    extents.drain()
-    with pytest.raises(ValueError, match=f"retaining extent {extent.identity}"):
-        extents.retain(extent.identity)
-
-
 def test_full_arena_says_what_is_needed_and_what_is_there() -> None:
     extents = make(16 * MIB)
     held = [extents.allocate(2 * MIB) for _ in range(8)]
@@ -245,11 +206,10 @@ def test_empty_slabs_make_room_for_large_extents() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("afprtu"), st.integers(0, 1 << 30)), max_size=60), st.sampled_from([0, 5 * MIB, GIB]))
+@given(st.lists(st.tuples(st.sampled_from("aaftu"), st.integers(0, 1 << 30)), max_size=60), st.sampled_from([0, 5 * MIB, GIB]))
 def test_books_stay_right_whatever_happens(steps: list[tuple[str, int]], warm_limit_nbytes: int) -> None:
     extents = Extents(FakeArena(64 * MIB), warm_limit_nbytes=warm_limit_nbytes)
     live: list[Extent] = []
-    pinned: list[int] = []
     for step, number in steps:
         if step == "a":
             try:
@@ -258,11 +218,6 @@ def test_books_stay_right_whatever_happens(steps: list[tuple[str, int]], warm_li
                 assert number % (1 << number % 25) > 0
         elif step == "f" and live:
             live.pop(number % len(live)).free()
-        elif step == "p" and live:
-            pinned.append(live[number % len(live)].identity)
-            extents.retain(pinned[-1])
-        elif step == "r" and pinned:
-            extents.release(pinned.pop(number % len(pinned)))
         elif step == "t":
             given = extents.trim(number % (16 * MIB))
             assert given % PAGE_NBYTES == 0 and given <= extents.statistics().high_water_nbytes
@@ -271,13 +226,11 @@ def test_books_stay_right_whatever_happens(steps: list[tuple[str, int]], warm_li
         extents.check()
         spans = sorted((extent.offset, extent.offset + extent.nbytes) for extent in live)
         assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
-    while pinned:
-        extents.release(pinned.pop())
     live.clear()
     extents.trim()
     extents.check()
     statistics = extents.statistics()
-    assert (statistics.live_nbytes, statistics.quarantined_nbytes, statistics.warm_nbytes) == (0, 0, 0)
+    assert (statistics.live_nbytes, statistics.warm_nbytes) == (0, 0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -369,15 +322,12 @@ def test_interrupt_at_any_instant_leaves_the_books_right(nbytes: int) -> None:
         number += 1
         extents = make(warm_limit_nbytes=2 * MIB)
         held = [extents.allocate(size) for size in (500, 700_000, 2 * MIB, 4 * MIB, 900, 8 * MIB)]
-        pinned = held[3].identity
-        extents.retain(pinned)
         live = held[::2]
 
-        def act(extents: Extents = extents, held: list[Extent] = held, pinned: int = pinned) -> None:
+        def act(extents: Extents = extents, held: list[Extent] = held) -> None:
             for extent in held[1::2]:
                 extent.free()
             extents.allocate(nbytes)
-            extents.release(pinned)
             extents.drain()
             extents.allocate(nbytes).free()
             extents.trim()
@@ -393,25 +343,22 @@ def test_interrupt_at_any_instant_leaves_the_books_right(nbytes: int) -> None:
         held.clear()
         live.clear()
         more.clear()
-        if pinned in extents._pins:
-            extents.release(pinned)
         extents.trim()
         extents.check()
-        assert extents.statistics().live_nbytes + extents.statistics().quarantined_nbytes == 0, f"lost at {number}"
+        assert extents.statistics().live_nbytes == 0, f"lost at {number}"
     assert number > 100
 
 
-def test_finalizer_in_the_middle_of_a_change_may_free_release_and_read() -> None:
+def test_finalizer_in_the_middle_of_a_change_may_free_and_read() -> None:
     extents = make()
     other = extents.allocate(5000)
-    pinned = extents.allocate(2 * MIB)
-    extents.retain(pinned.identity)
+    large = extents.allocate(2 * MIB)
     seen: list[object] = []
 
     class Nosy(FakeArena):
         def punch(self, offset: int, nbytes: int) -> None:  # stands for a finalizer: it runs inside trim()
             other.free()
-            extents.release(pinned.identity)
+            large.free()
             seen.append(extents.statistics())
             seen.append(extents.trim())
             extents.drain()
@@ -420,7 +367,6 @@ def test_finalizer_in_the_middle_of_a_change_may_free_release_and_read() -> None
 
     extents.arena = Nosy()
     extents.allocate(4 * MIB).free()
-    pinned.free()
     assert extents.trim() == 4 * MIB
     assert seen[1] == 0
     extents.check()

@@ -92,6 +92,26 @@ def test_memory_is_no_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(spill, "_is_on_disk", lambda directory: directory == str(tmp_path))
     monkeypatch.setattr(spill.tempfile, "gettempdir", lambda: str(tmp_path))
     assert default_directory() == str(tmp_path)
+    monkeypatch.setattr(spill.tempfile, "gettempdir", none_usable)
+    assert default_directory() is None
+
+
+def none_usable() -> str:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+
+def test_descriptors_that_are_used_up_are_told_and_no_reason_to_never_spill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def used_up(directory: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(run, "default_directory", lambda: str(tmp_path))
+    with Pool(0, memory_limit=8 * MIB) as made:
+        with monkeypatch.context() as patch:
+            patch.setattr(spill, "_open_nameless", used_up)
+            with pytest.raises(SpillError, match=r"Too many open files\. Close files") as caught:
+                made.allocate(16 * MIB)
+            assert caught.value.errno == errno.EMFILE
+        assert made.allocate(16 * MIB).address.segment == SPILL
 
 
 # ---------------------------------------------------------------------------------------------------------------- boxes

@@ -9,8 +9,10 @@ import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 
 import shmarray as sa
+from scheduler.executors import synchronous
 from scheduler.redo import Redo
 from scheduler.running import Lane, Running
 from scheduler.worker import WORDS_PER_SLOT
@@ -297,6 +300,63 @@ def test_an_update_cut_short_by_ctrl_c_is_resumed_exactly(executor: str, n: int,
             if not np.array_equal(now, expected):
                 np.testing.assert_array_equal(now, goal)
                 expected = goal
+
+
+class Strike:
+    """Ctrl-C at the ``number``-th instant at which Python looks for one, counted from the moment a plan runs in the calling thread.
+
+    Those are the beginning of each function written in Python and the return of each that is not.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.has_begun = False
+
+    def __call__(self, frame: types.FrameType, event: str, _arg: object) -> None:
+        self.has_begun = self.has_begun or frame.f_code is synchronous.run.__code__
+        if self.has_begun and event in ("call", "c_return"):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt  # which ends the profiling, too
+
+
+@pytest.mark.usefixtures("no_gc")
+@pytest.mark.parametrize("engine", ["numpy", "llvm"])
+def test_ctrl_c_at_any_instant_of_an_update_is_raised_and_the_rest_can_be_done(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine == "llvm":
+        pytest.importorskip("llvmlite")
+    ignored: list[object] = []  # what strikes in a weak reference's callback goes no further, whatever we do
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    start = np.random.default_rng(2).random((20, 1003))
+    goal = start * 0.75 + (start + 1)
+    seen: set[str] = set()
+    number, profile = 0, sys.getprofile()
+    with sa.Pool(workers=0) as pool, sa.config.set(scheduler="synchronous", engine=engine):
+        y = sa.array(start + 1)
+        while "done" not in seen:
+            number += 1
+            x = sa.array(start)
+            strike = Strike(number)
+            ignored.clear()
+            try:
+                sys.setprofile(strike)
+                try:
+                    x[...] = x * 0.75 + y
+                finally:
+                    sys.setprofile(profile)
+                assert strike.left > 0 or ignored, f"Ctrl-C number {number} was lost"
+                seen.add("ignored" if ignored else "done")
+            except sa.PartialUpdateError as error:
+                error.resume()
+                seen.add("partial")
+                np.testing.assert_array_equal(np.asarray(x), goal)
+            except KeyboardInterrupt:
+                now = np.asarray(x)
+                seen.add("before" if np.array_equal(now, start) else "after")
+                assert np.array_equal(now, start) or np.array_equal(now, goal)
+            del x
+        pool.check()
+    assert seen >= {"before", "after"} and number > 200
 
 
 class Broken(Exception):
