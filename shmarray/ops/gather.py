@@ -1,6 +1,6 @@
-"""Elements picked by integer arrays, of arrays that lie in the spill file: block by block, each reading the rows it picks.
+"""Elements picked by integer arrays, of arrays in the spill file or without values yet: block by block, each reading what it picks.
 
-Promises: NumPy's values and errors; memory for blocks alone, whatever the array and the index; computed at once, as NumPy's copies are.
+Promises: NumPy's values and errors; memory for blocks alone, whatever the array and the index.
 Never put here: which indices mean what (``shaping``), arrays that lie in memory, where one call of NumPy is sooner done.
 """
 
@@ -20,7 +20,7 @@ from shmarray.region import Box
 if TYPE_CHECKING:
     from scheduler.run import Pool
 
-__all__ = ["block_nbytes", "cut", "gather", "spilling_pool"]
+__all__ = ["block_nbytes", "cut", "gather", "spilling_pool", "tracing_pool"]
 
 NDArray = np.ndarray[Any, Any]
 SHARE = 6  # of what is free for each worker: a block, copies of it and of what it is made of, and temporaries of NumPy's
@@ -37,6 +37,13 @@ def spilling_pool(x: Any) -> Pool | None:
     if x._storage is not None:
         return x._storage.pool if x._storage.is_spilled else None
     return next((n.storage.pool for n in postorder([x.node]) if isinstance(n, Stored) and n.storage.is_spilled), None)
+
+
+def tracing_pool(x: Any) -> Pool | None:
+    """Return the pool of a step of a simulation that is being traced, if ``x`` is made of its arrays, which have no values yet."""
+    if x._storage is not None:
+        return None
+    return next((n.storage.pool for n in postorder([x.node]) if isinstance(n, Stored) and n.storage.is_role), None)
 
 
 def block_nbytes(pool: Pool, result_nbytes: int) -> int:

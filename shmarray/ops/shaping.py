@@ -19,7 +19,7 @@ from shmarray.dtypes import cast_dtype
 from shmarray.expr import Assemble, Expr, Reshape, View, make, user_line
 from shmarray.handle import Handle, Link, as_handle, is_linking, value_of, wrap, wrap_linked, wrap_stored
 from shmarray.ops.elementwise import cast
-from shmarray.ops.gather import gather, spilling_pool
+from shmarray.ops.gather import gather, spilling_pool, tracing_pool
 from shmarray.region import IndexMap, axis_tuple, broadcast_shape, identity_map, index_map, reshape_strides, resolve_shape
 from shmarray.storage import Layout
 
@@ -113,8 +113,11 @@ def getitem(x: Any, key: Any) -> Any:
 
 
 def _fancy(x: Any, key: Any) -> Any:
-    """One call of NumPy on the whole: how many elements a mask picks must be counted anyway. Of what is spilled, rows along one axis."""
-    rows = _rows_of(x, key) if spilling_pool(x) is not None else None
+    """One call of NumPy on the whole: how many elements a mask picks must be counted anyway.
+
+    Of what is spilled, or traced, rows along one axis, block by block.
+    """
+    rows = _rows_of(x, key) if tracing_pool(x) is not None or spilling_pool(x) is not None else None
     if rows is not None:
         return _gathered(*rows)
     parts = tuple(np.asarray(p) if isinstance(p, Handle) else p for p in (key if isinstance(key, tuple) else (key,)))
@@ -139,7 +142,7 @@ def _rows_of(x: Any, key: Any) -> tuple[Any, NDArray, int] | None:
 
 
 def _gathered(x: Any, index: NDArray, axis: int) -> Any:
-    """Return ``x[..., index, ...]`` of what is spilled, as a stored array of its own, computed block by block."""
+    """Return ``x[..., index, ...]``, made block by block: of what is spilled a stored array, computed now; within a step an expression."""
     like = np.broadcast_to(np.uint8(0), tuple(n if k == axis else 1 for k, n in enumerate(x.shape)))
     key: Any = (*(slice(None),) * axis, index)
     picked = like[key]  # raises what NumPy raises
@@ -149,12 +152,13 @@ def _gathered(x: Any, index: NDArray, axis: int) -> Any:
         flat = index.astype(np.int64).reshape(-1)
         flat[flat < 0] += x.shape[axis]
     shape = (*x.shape[:axis], *picked.shape[axis : axis + index.ndim], *x.shape[axis + 1 :])
-    pool = spilling_pool(x)
+    tracing = tracing_pool(x)
+    pool = tracing or spilling_pool(x)
     if not math.prod(shape) or pool is None:
         return as_handle(np.empty(shape, x.dtype))
     pieces = gather(x, flat, axis, pool)
     rows = pieces[0] if len(pieces) == 1 else concatenate(pieces, axis)
-    return reshape(rows.persist(), shape)
+    return reshape(rows if tracing is not None else rows.persist(), shape)
 
 
 def setitem_node(base: Expr, key: Any, value: Any) -> Expr:
@@ -458,6 +462,6 @@ def take(a: Any, indices: Any, axis: int | None = None) -> Any:
     if isinstance(indices, (int, np.integer)):
         return value_of(getitem(x, (*(slice(None),) * only, int(indices))))
     index = np.asarray(indices)
-    if index.ndim and index.dtype.kind in "iu" and spilling_pool(x) is not None:
+    if index.ndim and index.dtype.kind in "iu" and (tracing_pool(x) is not None or spilling_pool(x) is not None):
         return _gathered(x, index, only)
     return as_handle(np.take(np.asarray(x), index, axis=only))
