@@ -65,7 +65,7 @@ class Killer:
 def test_killed_workers_change_no_bit(small_grids: Callable[..., Any], step: Callable[..., Any], nfields: int) -> None:
     state = [np.random.default_rng(k).random((60, 50)) for k in range(nfields)]
     steps = 500
-    with small_grids(TILE_ITEMS=300, REDUCTION_TILE_ITEMS=300):  # what workers are told; blocks they cut themselves
+    with small_grids(TILE_ITEMS=300, REDUCTION_TILE_ITEMS=300, BLOCK_ITEMS=1 << 16):  # which workers go by, too
         with sa.Pool(workers=0):
             found = sa.iterate(step, *state, steps=steps)
             expected = [np.array(x) for x in (found if nfields > 1 else (found,))]
