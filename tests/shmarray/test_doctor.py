@@ -79,7 +79,8 @@ def test_nothing_is_left_behind() -> None:
     before = len(os.listdir("/proc/self/fd")), len(psutil.Process().children())
     doctor.probe()
     gc.collect()
-    assert (len(os.listdir("/proc/self/fd")), len(psutil.Process().children())) == before
+    after = len(os.listdir("/proc/self/fd")), len(psutil.Process().children())
+    assert all(now <= then for now, then in zip(after, before, strict=True))  # workers of earlier tests may have ended meanwhile
 
 
 @pytest.mark.parametrize("lacking", ["memfd_create", "pidfd_open"])

@@ -480,7 +480,7 @@ def test_the_source_that_fails(pool: sa.Pool) -> None:
 
 
 def test_a_source_that_is_none_is_told_at_once(pool: sa.Pool) -> None:
-    with pytest.raises(TypeError, match="not iterable"):
+    with pytest.raises(TypeError, match="iterable of frames"):
         sa.pipeline(3, lambda k: k, print)
 
 

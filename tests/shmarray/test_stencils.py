@@ -157,6 +157,7 @@ def test_explain_says_how_many_parts() -> None:
 
 
 def test_narrow_parts_run_the_code_of_the_largest() -> None:
+    pytest.importorskip("llvmlite")
     with sa.config.set(engine="llvm"):
         kernel = parts_of(periodic(sa, sa.array(VALUES)))
 
@@ -168,6 +169,7 @@ def test_narrow_parts_run_the_code_of_the_largest() -> None:
 
 
 def test_a_long_narrow_part_has_code_of_its_own() -> None:
+    pytest.importorskip("llvmlite")
     with sa.config.set(engine="llvm"):
         kernel = parts_of(periodic(sa, sa.array(np.ones((2000, 40)))))
 
