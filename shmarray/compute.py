@@ -184,7 +184,7 @@ def _reads_elsewhere(value: Expr, storage: Storage, layout: Layout) -> bool:
     """Whether the new values of a whole array are made of its old ones at other places: ``f(u[1:], u[:-1]).compute(out=u)``."""
     if layout != storage.layout or storage.is_shared or storage.is_spilled or storage.torn:
         return False
-    return builtins.any(isinstance(n, Stored) and n.storage is storage and _where(n) != layout for n in postorder([value]))
+    return builtins.any(isinstance(n, Stored) and n.storage is storage and Layout.of(n) != layout for n in postorder([value]))
 
 
 def _write_aside(value: Expr, storage: Storage, scheduler: str | None, line: str) -> bool:
@@ -225,7 +225,7 @@ def run(
     homes = {place.pool for place in places if place.is_spilled}
     # Only the workers of its own pool reach a spill file.
     pool = homes.pop() if len(homes) == 1 else pool or current_pool()
-    uses = [(node.storage, _where(node), "r") for node in stored]
+    uses = [(node.storage, Layout.of(node), "r") for node in stored]
     uses += [(target.storage, target.layout, "w") for _, target in pairs if target.storage is not None and target.layout is not None]
     # All at once, before looking: no write can come between the check and the run, and nobody waits holding half of them.
     with hold_all(uses) if uses else contextlib.nullcontext(), shown():
@@ -244,7 +244,7 @@ class _Run:
 
     def __init__(self, pairs: list[tuple[Expr, Target]], stored: list[Stored], scheduler: str | None, pool: Pool, line: str) -> None:
         self.pairs = pairs
-        self.inputs = [(node.storage, _where(node)) for node in stored]
+        self.inputs = [(node.storage, Layout.of(node)) for node in stored]
         self.scheduler = scheduler
         self.pool = pool
         self.line = line
@@ -346,7 +346,7 @@ class _Run:
             if isinstance(node, InMemory):
                 values = node.held.array
             elif isinstance(node, Stored) and node.storage.pool is not pool:
-                values = node.storage.read(_where(node))
+                values = node.storage.read(Layout.of(node))
             else:
                 continue
             copy = Storage(pool, node.shape, node.dtype, default_chunks(node.shape, node.dtype))
@@ -450,10 +450,6 @@ class _Run:
         return builtins.any(self.plan.layers[layer].in_place for layer, _, _ in progress.unfinished)
 
 
-def _where(node: Stored) -> Layout:
-    return Layout(node.offset, node.shape, node.strides, node.dtype)
-
-
 def is_traced(node: Expr) -> bool:
     """Whether an expression reads arrays that have no values yet."""
     return builtins.any(isinstance(n, Stored) and n.storage.is_role for n in postorder([node]))
@@ -462,7 +458,7 @@ def is_traced(node: Expr) -> bool:
 def check_inputs(stored: Iterable[Stored], readers: Mapping[Expr, Expr]) -> None:
     """Raise TornChunkError or ChangedInput where stored arrays are not what an expression was built on; the caller has their locks."""
     for node in stored:
-        layout = _where(node)
+        layout = Layout.of(node)
         node.storage.check_whole(layout)
         node.storage.save_windows()
         if node.version is not None:

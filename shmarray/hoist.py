@@ -208,11 +208,11 @@ def _check_repeats(order: list[State], below: Callable[[State], list[State]]) ->
 def _piece(node: Assemble, demand: Demand) -> State:
     """Return the piece that gives all of what is demanded of an assembly, and what is demanded of it. Raises _Cut, _Stays."""
     wanted = identity_map(node.shape) if demand is None else demand
-    low, high = _bounds(wanted)
+    low, high = wanted.bounds()
     for piece, map in zip(reversed(node.pieces), reversed(node.maps), strict=True):
         if 0 in map.shape:
             continue
-        first, last = _bounds(map)
+        first, last = map.bounds()
         if any(b <= c or d <= a for a, b, c, d in zip(low, high, first, last, strict=True)):
             continue
         if any(n > 1 and axis >= 0 and abs(step) != 1 for n, (axis, step) in zip(map.shape, map.axes, strict=True)):
@@ -225,16 +225,6 @@ def _piece(node: Assemble, demand: Demand) -> State:
         mine = inner if piece.shape == map.shape else inner.for_operand(piece.shape, map.shape)
         return piece, None if mine.is_identity(piece.shape) else mine
     raise _Stays  # nothing is there
-
-
-def _bounds(map: IndexMap) -> tuple[list[int], list[int]]:
-    """Return the smallest box, as (starts, stops), that holds all a map leads to."""
-    low, high = list(map.offsets), list(map.offsets)
-    for n, (axis, step) in zip(map.shape, map.axes, strict=True):
-        if axis >= 0:
-            low[axis] = min(low[axis], low[axis] + step * (n - 1))
-            high[axis] = max(high[axis], high[axis] + step * (n - 1))
-    return low, [n + 1 for n in high]
 
 
 def _seen_from(map: IndexMap, axis: int, places: list[int]) -> tuple[int, list[int]]:

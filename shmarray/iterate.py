@@ -270,7 +270,7 @@ class _Loop:
         self.used = [
             k for k, pair in enumerate(zip(self.plain.scalars, self.looking.scalars, strict=True)) if any(n is not None for n in pair)
         ]
-        # Seconds that a step takes here, and in worker processes; None: it does not run there.
+        # Seconds that a step takes here, and in worker processes; where it may run.
         self.rates: dict[str, float] = dict.fromkeys(self._places_to_run(), math.inf)
         self.warmed_up = 0  # batches here before workers are thought of: they take a second to start, which tiny steps would wait for
 
@@ -521,13 +521,13 @@ class _Loop:
         if place == "pool":
             self._reach()
         self._next(self.fields)  # allocates what is missing, before anything is held
-        uses = [(n.storage, _where(n), "r") for n in self.inputs]
+        uses = [(n.storage, Layout.of(n), "r") for n in self.inputs]
         uses += [(s, s.layout, "r") for s in dict.fromkeys(self.fields) if s.identity not in self.own]
         uses += [(s, s.layout, "w") for s in self.own.values()]
         with hold_all(uses):
             check_inputs(self.inputs, self.readers)
             for node, copy in zip(self.outside, self.copies, strict=False):  # what is there now
-                copy.fill(copy.layout, node.held.array if isinstance(node, InMemory) else node.storage.read(_where(node)))
+                copy.fill(copy.layout, node.held.array if isinstance(node, InMemory) else node.storage.read(Layout.of(node)))
             for storage in self.fields:
                 storage.check_whole(storage.layout)
             begun: list[Storage] = []
@@ -666,10 +666,6 @@ class _Scalars:
 
 def _whole(role: _Role) -> Stored:
     return make(Stored, role.shape, role.dtype, role, 0, c_strides(role.shape, role.dtype.itemsize), None)
-
-
-def _where(node: Stored) -> Layout:
-    return Layout(node.offset, node.shape, node.strides, node.dtype)
 
 
 def _call(function: Callable[..., Any], after: list[Any], before: list[Any]) -> Any:

@@ -361,7 +361,7 @@ class _Builder:
         """Return where a node lies already, or None."""
         match node:
             case Stored():
-                return self.of_storage(node.storage, Layout(node.offset, node.shape, node.strides, node.dtype), "r")
+                return self.of_storage(node.storage, Layout.of(node), "r")
             case InMemory():
                 self.isolated |= bool(node.held.file)
                 return self.of_array(node.held.array)
@@ -428,7 +428,7 @@ class _Builder:
                 for node in spots:
                     if node.storage is not storage:
                         continue
-                    here = Layout(node.offset, node.shape, node.strides, node.dtype)
+                    here = Layout.of(node)
                     aligned = here == layout
                     if node in fused and aligned:
                         continue  # read and written at one place by one task

@@ -155,6 +155,15 @@ class IndexMap:
         offset = sum(o * s for o, s in zip(self.offsets, strides, strict=True))
         return offset, tuple(strides[a] * s if a >= 0 else 0 for a, s in self.axes)
 
+    def bounds(self) -> tuple[list[int], list[int]]:
+        """Return the smallest box of the input, as (starts, stops), that holds every element the output has; there is one."""
+        low, high = list(self.offsets), list(self.offsets)
+        for n, (axis, step) in zip(self.shape, self.axes, strict=True):
+            if axis >= 0:
+                low[axis] = min(low[axis], low[axis] + step * (n - 1))
+                high[axis] = max(high[axis], high[axis] + step * (n - 1))
+        return low, [n + 1 for n in high]
+
     def for_operand(self, operand: tuple[int, ...], shape: tuple[int, ...]) -> IndexMap:
         """Return this map, made for ``shape``, for an operand that broadcasts to it; broadcast axes come out of length 1."""
         lead = len(shape) - len(operand)

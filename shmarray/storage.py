@@ -18,7 +18,7 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from shmarray.chunks import Chunks
 from shmarray.errors import MemoryBudgetError, SpillError, TornChunkError
 from shmarray.region import Box, c_strides
 from shmarray.tiles import slab_sizes
+
+if TYPE_CHECKING:
+    from shmarray.expr import Stored
 
 __all__ = ["Layout", "Storage"]
 
@@ -50,6 +53,11 @@ class Layout:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @staticmethod
+    def of(node: Stored) -> Layout:
+        """Return where in its storage a node of an expression lies."""
+        return Layout(node.offset, node.shape, node.strides, node.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -52,7 +52,7 @@ def unpack(packed: list[tuple[type[Expr], dict[str, Any]]]) -> Expr:
 def _values(node: Stored | InMemory) -> np.ndarray[Any, Any]:
     if isinstance(node, InMemory):
         return node.held.array
-    return node.storage.lend(Layout(node.offset, node.shape, node.strides, node.dtype))
+    return node.storage.lend(Layout.of(node))
 
 
 def _with_refs(value: Any, numbers: dict[Expr, int]) -> Any:

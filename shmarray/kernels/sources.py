@@ -236,7 +236,7 @@ class PiecesSource:
     def open(self, context: Context) -> Fill:
         straight = tuple((a, 1) for a in range(self.ndim))
         parts = [_straight_part if piece.map.axes == straight else _part for piece in self.pieces]
-        meeting = _finder([_bounds(piece.map) for piece in self.pieces], self.ndim)
+        meeting = _finder([piece.map.bounds() for piece in self.pieces], self.ndim)
         opened: OrderedDict[int, tuple[Fill, int]] = OrderedDict()  # the latest used last, with the items of its scratch
         total = 0
 
@@ -257,16 +257,6 @@ class PiecesSource:
                 write(target, box)
 
         return fill
-
-
-def _bounds(map: IndexMap) -> tuple[list[int], list[int]]:
-    """Return the smallest box, as (starts, stops), that all elements of a piece go to."""
-    low, high = list(map.offsets), list(map.offsets)
-    for n, (axis, step) in zip(map.shape, map.axes, strict=True):
-        if axis >= 0:
-            low[axis] = min(low[axis], low[axis] + step * (n - 1))
-            high[axis] = max(high[axis], high[axis] + step * (n - 1))
-    return low, [n + 1 for n in high]
 
 
 def _finder(bounds: list[tuple[list[int], list[int]]], ndim: int) -> Callable[[Box], list[int]]:
