@@ -176,37 +176,90 @@ class Writer:
         ``each(j, row)`` goes on from item ``j``; `counted` are then the i1 lanes that count, not all in a short strip. ``rows``, a loop and
         a number of its rounds: so many rows are gone through within each strip, and ``around(j)`` is entered once for all of them.
         """
+        if rows is None:
+            self._phases(pointers, count, lambda j: each(j, None))
+            return
         build, s = self.builder, self.s
         moving = [k for k, o in enumerate(s.operands) if o.inner != "still"]
-        if rows is None:
-            self._steps(pointers, [], still=True)
         with self.loop(count, s.lanes) as j:
             rest = build.sub(count, j)
             is_short = build.icmp_signed("<", rest, i64(s.lanes))
             with ExitStack() as stack:
-                row, here = None, pointers
                 if around is not None:
                     stack.enter_context(around(j))
-                if rows is not None:
-                    row = stack.enter_context(self.loop(rows[1]))
-                    here = [self.step_by(p, k, rows[0], row) for k, p in enumerate(pointers)]
-                    self._steps(here, [], still=True)
-                into = {k: self.at(start, build.mul(j, self._pad_stride(k))) for k, start in self.results.items()}
-                self._strip(here, {k: self._inner(here[k], k, j) for k in moving}, into, rest, is_short, lambda: each(j, row))
+                row = stack.enter_context(self.loop(rows[1]))
+                here = [self.step_by(p, k, rows[0], row) for k, p in enumerate(pointers)]
+                self._steps(here, [], still=True)
+                self._strip(here, {k: self._inner(here[k], k, j) for k in moving}, rest, is_short, lambda: each(j, row))
+
+    def _phases(self, pointers: list[ir.Value], count: ir.Value, each: Callable[[ir.Value], None]) -> None:
+        """Compute strips in two phases that share one body: all whole ones where they lie, then, in scratch, what is left.
+
+        Nothing but the strip itself is left to the inner loop. Results of operands that are updated go into the redo slot, where they
+        lie without gaps, in the order of the target's memory.
+        """
+        build, s = self.builder, self.s
+        moving = [k for k, o in enumerate(s.operands) if o.inner != "still"]
+        strided = [k for k in moving if s.operands[k].inner == "strided"]
+        self._steps(pointers, [], still=True)
+        whole = build.and_(count, i64(-s.lanes))
+        before, phase, fill, after = build.block, self.block("phase"), self.block("fill"), self.block("after")
+        build.branch(phase)
+        build.position_at_end(phase)
+        entering: list[tuple[ir.PhiInstr, ir.Value]] = []  # what to come back to this block with
+
+        def either(first: ir.Value, then: ir.Value) -> ir.Value:
+            phi = build.phi(first.type)
+            phi.add_incoming(first, before)
+            entering.append((phi, then))
+            return phi
+
+        lanes = ir.VectorType(I1, s.lanes)
+        is_short = either(ir.Constant(I1, 0), ir.Constant(I1, 1))
+        limit = either(whole, i64(s.lanes))
+        first = either(i64(0), whole)
+        starts = {k: either(pointers[k], self._padded_start(k)) for k in moving}
+        strides = {k: either(self._item_stride(k), self._pad_stride(k)) for k in strided}
+        into = {k: either(start, self._padded_start(k, self.padded_results)) for k, start in self.results.items()}
+        self.counted = counted = build.phi(lanes)
+        counted.add_incoming(ir.Constant(lanes, [1] * s.lanes), before)
+        with self.loop(limit, s.lanes) as j:
+            places: list[tuple[ir.Value, ir.Value]] = []
+            for k, o in enumerate(s.operands):
+                if k not in starts:
+                    places.append((pointers[k], i64(0)))
+                elif k in strides:
+                    places.append((self.at(starts[k], build.mul(j, strides[k])), strides[k]))
+                else:
+                    places.append((self._inner(starts[k], k, j), i64(np.dtype(o.dtype).itemsize)))
+            results = {k: self.at(start, build.mul(j, self._pad_stride(k))) for k, start in into.items()}
+            self._steps([p for p, _ in places], [stride for _, stride in places], results, still=False)
+            each(build.add(first, j))
+        rest = build.sub(count, whole)
+        here = {k: self._inner(pointers[k], k, whole) for k in moving}
+        stored = {k: p for k, p in here.items() if s.operands[k].is_stored}
+        if stored:
+            with self.when(is_short):
+                self._unpad(stored, {k: self.at(p, build.mul(whole, self._pad_stride(k))) for k, p in self.results.items()}, rest)
+        is_done = build.or_(is_short, build.icmp_signed("==", rest, i64(0)))
+        build.cbranch(is_done, after, fill)
+        build.position_at_end(fill)
+        self._pad(here, rest)
+        counted.add_incoming(build.icmp_signed("<", self.lanes.iota(), self.lanes.splat(rest)), build.block)
+        for phi, value in entering:
+            phi.add_incoming(value, build.block)
+        build.branch(phase)
+        build.position_at_end(after)
 
     def _strip(
         self,
         pointers: list[ir.Value],
         here: dict[int, ir.Value],
-        into: dict[int, ir.Value],
         rest: ir.Value,
         is_short: ir.Value,
         each: Callable[[], None],
     ) -> None:
-        """Compute one strip of the operands that move, at ``here``; of a short one ``rest`` items count.
-
-        Results of those that are updated go ``into`` the redo slot, where they lie without gaps, in the order of the target's memory.
-        """
+        """Compute one strip of the operands that move, at ``here``; of a short one ``rest`` items count."""
         build, s = self.builder, self.s
         whole, fill, body = build.block, self.block("fill"), self.block("strip")
         build.cbranch(is_short, fill, body)
@@ -217,7 +270,6 @@ class Writer:
         build.branch(body)
         build.position_at_end(body)
         places: list[tuple[ir.Value, ir.Value]] = []
-        results: dict[int, ir.Value] = {}
         lanes = ir.VectorType(I1, s.lanes)
         self.counted = self.merged([(ir.Constant(lanes, [1] * s.lanes), whole), (counted, filled)])
         for k, o in enumerate(s.operands):
@@ -229,13 +281,7 @@ class Writer:
             if o.inner == "strided":
                 stride = self.merged([(self.argument(self.args.stride(k, self.args.loops - 1)), whole), (stride, filled)])
             places.append((pointer, stride))
-        for k in s.updated:
-            results[k] = self.merged([(into[k], whole), (self._padded_start(k, self.padded_results), filled)])
-        self._steps([p for p, _ in places], [stride for _, stride in places], results, still=False)
-        stored = {k: p for k, p in here.items() if s.operands[k].is_stored}
-        if stored:
-            with self.when(is_short):
-                self._unpad(stored, into, rest)
+        self._steps([p for p, _ in places], [stride for _, stride in places], still=False)
         each()
 
     def _inner(self, pointer: ir.Value, operand: int, j: ir.Value) -> ir.Value:
