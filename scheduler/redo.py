@@ -112,6 +112,11 @@ class Redo:
         self.first_step = self.step = step
         self.words[self.cursor] = pack(task, step)
 
+    def at(self, step: int) -> None:
+        """Say which step of the task comes now, where steps need no slot: none reads what it, or a later one that was begun, writes."""
+        self.step = step
+        self.words[self.cursor] = pack(self._task, step)
+
     def room(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> list[np.ndarray[Any, Any]]:
         """Return arrays in the slot for the results of one step."""
         if self.slot is _NONE:

@@ -21,8 +21,9 @@ from scheduler.running import Host, Running
 from scheduler.task import Address, Buffer, Dependency, Layer, Outcome, Plan, Report
 from scheduler.worker import TaskContext, annotate, run_some
 
-__all__ = ["Prepared", "Spans", "Step", "chain", "with_pickles"]
+__all__ = ["FAR", "Prepared", "Spans", "Step", "chain", "merged", "with_pickles"]
 
+FAR = 1 << 62  # where what a task does not touch begins; it ends at -1
 Requires = Callable[[int, int], tuple[int, int]]
 
 
@@ -35,7 +36,7 @@ class Spans:
         self.lows, self.highs = list(lows), list(highs)
         self.highs_before = list(accumulate(self.highs, max))  # ascending: of tasks up to this one
         self.lows_behind = list(accumulate(reversed(self.lows), min))[::-1]  # ascending: of this task and those behind
-        self.covered = _merged(zip(self.lows, self.highs, strict=True))
+        self.covered = _joined(zip(self.lows, self.highs, strict=True))
 
     def meeting(self, low: int, high: int) -> tuple[int, int]:
         """Return the smallest range that holds every task that touches [low, high); an empty one when there is none."""
@@ -69,18 +70,13 @@ class _Uses:
 
 def chain(steps: Sequence[Step]) -> Plan:
     """Return one plan that does the plans of ``steps`` in this order. Buffers with an address are one where the address is."""
-    buffers: list[Buffer] = []
+    plans = [step.plan for step in steps]
+    buffers, numbers = merged(plans)
     layers: list[Layer] = []
     pickles: dict[int, tuple[bytes, bytes]] = {}
-    numbers: dict[Address, int] = {}
     uses: dict[int, _Uses] = {}
-    for step in steps:
+    for step, mine in zip(steps, numbers, strict=True):
         first = len(layers)
-        mine: list[int] = []  # of each buffer of this plan, its number in the chain
-        for one in step.plan.buffers:
-            mine.append(len(buffers) if one.address is None else numbers.setdefault(one.address, len(buffers)))
-            if mine[-1] == len(buffers):
-                buffers.append(one)
         touched: dict[int, _Uses] = {}
         for index, layer in enumerate(step.plan.layers):
             after: dict[int, _Waits | None] = {}
@@ -107,7 +103,6 @@ def chain(steps: Sequence[Step]) -> Plan:
             else:
                 before.writers += now.writers
                 before.readers += now.readers
-    plans = [step.plan for step in steps]
     return Plan(
         buffers=tuple(buffers),
         layers=tuple(layers),
@@ -118,7 +113,22 @@ def chain(steps: Sequence[Step]) -> Plan:
     )
 
 
-def _merged(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def merged(plans: Iterable[Plan]) -> tuple[list[Buffer], list[list[int]]]:
+    """Return the buffers of several plans, and for each plan the numbers of its own; those with an address are one where it is."""
+    buffers: list[Buffer] = []
+    known: dict[Address, int] = {}
+    numbers: list[list[int]] = []
+    for plan in plans:
+        mine: list[int] = []
+        for one in plan.buffers:
+            mine.append(len(buffers) if one.address is None else known.setdefault(one.address, len(buffers)))
+            if mine[-1] == len(buffers):
+                buffers.append(one)
+        numbers.append(mine)
+    return buffers, numbers
+
+
+def _joined(pieces: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return ranges [low, high) joined where they meet, ascending."""
     joined: list[tuple[int, int]] = []
     for low, high in sorted(piece for piece in pieces if piece[0] < piece[1]):
@@ -133,7 +143,7 @@ def _cover(writers: list[tuple[int, tuple[Spans, ...] | None]], nbytes: int) -> 
     """Return whether whoever touches any of the bytes waits for one of ``writers`` that has waited for the same bytes."""
     if any(spans is None for _, spans in writers):
         return True  # for a whole layer, which waited for whole layers
-    return _merged(piece for _, some in writers for spans in some or () for piece in spans.covered)[:1] == [(0, nbytes)]
+    return _joined(piece for _, some in writers for spans in some or () for piece in spans.covered)[:1] == [(0, nbytes)]
 
 
 class _Waits:

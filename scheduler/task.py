@@ -78,6 +78,9 @@ class Context(Protocol):
     def redo(self) -> Any:
         """The lane's `scheduler.redo.Redo`: what tasks of layers that are ``in_place`` write through."""
 
+    def beside(self, addresses: Mapping[int, Address]) -> Context:
+        """Return the same with other buffers: for a kernel that is made of kernels."""
+
     def warn(self, category: str, message: str, line: str = "") -> None:
         """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
 

@@ -90,6 +90,10 @@ class TaskContext:
         self._warnings = warned  # an ordered set
         self._answers = [] if answers is None else answers
 
+    def beside(self, addresses: Mapping[int, Address]) -> TaskContext:
+        """Return the same with other buffers."""
+        return TaskContext(self.memory, addresses, self._warnings, self.redo, self._answers)
+
     def warn(self, category: str, message: str, line: str = "") -> None:
         """Report a warning to the driver, once per text and line; ``category`` names a builtin warning class."""
         self._warnings[category, message, line] = None

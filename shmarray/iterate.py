@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from scheduler.blocking import DEPTH, blocked
 from scheduler.repeat import Prepared, Step, chain, with_pickles
 from scheduler.run import TINY_NBYTES, Pool
 from scheduler.task import ARENA, Address, LockRequest, Outcome, Plan, Report
@@ -95,13 +96,14 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class _Traced:
-    """A step, planned: which buffer of the plan each role is.
+    """A step, planned: which buffer of the plan each role is. ``thin``: to be done block by block with others, where that can be.
 
     ``fields``, ``scalars``: of what it reads (None: it does not); ``fresh``: of what it computes of the state; ``looks``: of what was
     asked for beside; ``constants``: (storage, buffer) of other stored arrays that it reads.
     """
 
     step: Step
+    thin: Step | None
     fields: tuple[int | None, ...]
     scalars: tuple[int | None, ...]
     fresh: tuple[int, ...]
@@ -248,6 +250,7 @@ class _Loop:
         self.looks: list[Expr] = []
         self._trace(step, numbers)
         self.plain = self._planned([])
+        self.fewest = FEWEST if self.plain.thin is None else 2 * DEPTH
         self.looking = self._planned(self.looks) if self.looks else self.plain
         nodes = list(postorder([*self.new, *self.looks]))
         self.readers = {x: node for node in nodes for x in node.inputs}
@@ -331,7 +334,7 @@ class _Loop:
         places = [_Role(self.pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype), first + k) for k, n in enumerate(roots)]
         targets = [Target(role.shape, role.dtype, storage=role, layout=role.layout, is_new=True) for role in places]
         pairs = [(n, t) for n, t in zip(roots, targets, strict=True) if n.size]
-        step, bindings = build_step([n for n, _ in pairs], [t for _, t in pairs], self.pool)
+        step, thin, bindings = build_step([n for n, _ in pairs], [t for _, t in pairs], self.pool)
         numbers = bindings.storages
         stored = {n.storage for n in postorder(roots) if isinstance(n, Stored) and not n.storage.is_role}
         step = replace(step, plan=replace(step.plan, locks=()))
@@ -341,6 +344,7 @@ class _Loop:
             assert not layer.in_place, layer.name
         return _Traced(
             step,
+            None if looks or thin is None else replace(thin, plan=replace(thin.plan, locks=())),
             tuple(numbers.get(role.identity) for role in self.roles),
             tuple(numbers.get(role.identity) for role in self.slots),
             tuple(numbers.get(role.identity, -1) for role in places[: len(self.new)]),
@@ -371,7 +375,7 @@ class _Loop:
         at_once = 1 << int(math.log2(max(1.0, (LIVE_S if is_short else AT_ONCE_S) / step_s)))
         if is_short:
             return place, min(MOST, at_once) if place == "pool" else at_once
-        return place, max(FEWEST, min(MOST, at_once)) if place == "pool" else max(1, at_once)
+        return place, max(self.fewest, min(MOST, at_once)) if place == "pool" else max(1, at_once)
 
     def _reach(self) -> None:
         """Have copies stand for arrays that lie in this process's own memory, where workers may not reach that."""
@@ -442,10 +446,11 @@ class _Loop:
             self.scalar_places.append([Storage(self.pool, (), role.dtype, ()) for role in self.slots])
         return self.scalar_places[position]
 
-    def _bound(self, traced: _Traced, fields: list[Storage], targets: list[Storage], position: int) -> Step:
+    def _bound(self, traced: _Traced, fields: list[Storage], targets: list[Storage], position: int, *, is_thin: bool = False) -> Step:
         """Return the step with storages in its places."""
-        plan = traced.step.plan
-        buffers = list(plan.buffers)
+        step = traced.thin if is_thin else traced.step
+        assert step is not None
+        buffers = list(step.plan.buffers)
         looks = self.look_places if traced.looks else []
         places = (
             *zip(traced.fields, fields, strict=True),
@@ -457,7 +462,7 @@ class _Loop:
         for number, storage in places:
             if number is not None and number >= 0:
                 buffers[number] = buffer_of(storage, self.pool)[0]
-        return replace(traced.step, plan=replace(plan, buffers=tuple(buffers)))
+        return replace(step, plan=replace(step.plan, buffers=tuple(buffers)))
 
     # --- running -----------------------------------------------------------------------------------------------------------
 
@@ -572,7 +577,7 @@ class _Loop:
         whole = (tuple(key), is_look, constants)
         plan = self.plans.pop(whole, None)
         if plan is None:
-            plan = chain([self._bound(t, now, targets, k) for k, (t, (now, targets)) in enumerate(zip(traced, sequence, strict=True))])
+            plan = chain(self._steps(traced, sequence))
         self.plans[whole] = plan  # the latest last
         while len(self.plans) > KEPT_PLANS:
             del self.plans[next(iter(self.plans))]
@@ -595,6 +600,14 @@ class _Loop:
             self.is_touched = outcome.began
         self.fields = fields
         return report
+
+    def _steps(self, traced: Sequence[_Traced], sequence: Sequence[tuple[list[Storage], list[Storage]]]) -> list[Step]:
+        """Return steps with storages in their places, block by block where several can be done so."""
+        thin = [self._bound(t, *places, k, is_thin=True) for k, (t, places) in enumerate(zip(traced, sequence, strict=True)) if t.thin]
+        steps, done = blocked(thin, self.pool.workers)
+        if self.scheduler in (None, "processes"):
+            steps = [with_pickles(step) for step in steps]
+        return steps + [self._bound(traced[k], *sequence[k], k) for k in range(done, len(traced))]
 
     def _run_here(self, first: int, count: int, is_look: bool) -> Report:
         """Do the steps in this thread."""

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from scheduler.repeat import Spans, Step
+from scheduler.repeat import FAR, Spans, Step
 from scheduler.results import result_memory
 from scheduler.run import RESERVED_SHARE, Pool
 from scheduler.task import ARENA, DRIVER, SPILL, Address, Buffer, Dependency, Kernel, Layer, LockRequest, Plan
@@ -73,6 +73,7 @@ from shmarray.tiles import (
     part_grid,
     reduction_grid,
     slab_sizes,
+    thinner,
     walked_grid,
 )
 
@@ -95,9 +96,10 @@ NDArray = np.ndarray[Any, Any]
 Space = tuple[tuple[int, ...], tuple[int, ...] | None]  # shape; axes that are reduced, None where nothing is
 BLOCKS_NBYTES = 16 * BLOCK_ITEMS * 8  # of scratch that every task may need, in a pool that has so much; else it is part of a constant
 ANY_ROOM = 0, math.inf  # see `Bindings`
-FAR = 1 << 62  # behind every byte
 FEW_PARTIAL_ITEMS = 1 << 13  # partial results that this process folds itself
 SLAB_ITEMS = 1 << 20  # of a scan through a file: moved at once
+THIN_ITEMS = 1 << 12  # of a tile of steps done block by block: how far a block gets is counted in tiles
+MOST_THIN = 1 << 14
 MOST_PARTS_TILES = 4  # a task calls the code of several parts, ten microseconds each: so many tiles make up for them
 SHARED_WEIGHT_LIMIT = 12  # additions per element up to which two layers compute a shared node each for itself
 
@@ -159,13 +161,36 @@ def build_plan(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> 
     return builder.plan(), Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses), builder.room)
 
 
-def build_step(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> tuple[Step, Bindings]:
-    """Return the plan that fills ``targets``, to be run so often that compiling always pays, and what its tasks touch."""
+def build_step(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> tuple[Step, Step | None, Bindings]:
+    """Return the plan that fills ``targets``, to be run so often that compiling always pays, and what its tasks touch.
+
+    And once more in thin tiles, for several steps to be done block by block; None where a layer cannot be cut so.
+    """
     builder = _built(roots, targets, pool, result_memory().empty, is_repeated=True)
-    reads = tuple(_spans(draft.loads, None if draft.is_made else draft.grid, draft.places) for draft in builder.layers)
-    writes = tuple(_spans(draft.stores, draft.grid) for draft in builder.layers)
+    plan = builder.plan()
+    grids = [draft.grid for draft in builder.layers]
     bindings = Bindings(builder.storage_buffers, builder.array_buffers, tuple(builder.uses), builder.room)
-    return Step(builder.plan(), reads, writes), bindings
+    return _step(plan, builder.layers, grids), _thin_step(plan, builder.layers), bindings
+
+
+def _step(plan: Plan, drafts: Sequence[_LayerDraft], grids: Sequence[Grid | None]) -> Step:
+    reads = [_spans(draft.loads, None if draft.is_made else grid, draft.places) for draft, grid in zip(drafts, grids, strict=True)]
+    return Step(plan, tuple(reads), tuple(_spans(draft.stores, grid) for draft, grid in zip(drafts, grids, strict=True)))
+
+
+def _thin_step(plan: Plan, drafts: Sequence[_LayerDraft]) -> Step | None:
+    layers, grids = [], []
+    for layer, draft in zip(plan.layers, drafts, strict=True):
+        grid = draft.grid if not draft.is_made else None
+        if grid is not None:
+            grid = thinner(grid, max(THIN_ITEMS, math.prod(grid.shape) // MOST_THIN))
+        kernel = layer.kernel.on(grid) if grid is not None and hasattr(layer.kernel, "on") else None
+        if grid is None or kernel is None:
+            return None
+        cost = max(1, layer.nbytes_per_task * layer.ntasks // grid.ntasks)
+        layers.append(replace(layer, kernel=kernel, ntasks=grid.ntasks, dependencies=(), nbytes_per_task=cost))
+        grids.append(grid)
+    return _step(replace(plan, layers=tuple(layers)), drafts, grids)
 
 
 def buffer_of(place: Storage | np.ndarray[Any, Any], pool: Pool) -> tuple[Buffer, tuple[Any, Any]]:
@@ -1128,10 +1153,19 @@ def _spans(operands: Sequence[Operand], grid: Grid | None, places: Sequence[Box]
     by_buffer: dict[int, list[tuple[Operand, Box]]] = {}
     for operand, place in zip(operands, places or itertools.repeat(whole)):
         by_buffer.setdefault(operand.buffer, []).append((operand, place))
+    starts, stops = _bounds(grid)
+    return {buffer: _spans_of(some, starts, stops) for buffer, some in by_buffer.items()}
+
+
+def _bounds(grid: Grid) -> tuple[NDArray, NDArray]:
+    """Return where the boxes of a grid begin and end, [box, axis]."""
+    if grid.edges is None:
+        numbers = np.stack(np.unravel_index(np.arange(grid.ntasks), grid.counts), -1) if grid.counts else np.zeros((1, 0), np.int64)
+        starts = numbers * np.array(grid.sizes, np.int64)
+        return starts, np.minimum(starts + np.array(grid.sizes, np.int64), grid.shape)
     boxes = [grid.box(k) for k in range(grid.ntasks)]
     starts = np.array([[s.start for s in box] for box in boxes], np.int64).reshape(len(boxes), -1)
-    stops = np.array([[s.stop for s in box] for box in boxes], np.int64).reshape(len(boxes), -1)
-    return {buffer: _spans_of(some, starts, stops) for buffer, some in by_buffer.items()}
+    return starts, np.array([[s.stop for s in box] for box in boxes], np.int64).reshape(len(boxes), -1)
 
 
 def _spans_of(operands: list[tuple[Operand, Box]], starts: NDArray, stops: NDArray) -> tuple[Spans, ...] | None:
@@ -1156,12 +1190,24 @@ def _spans_of(operands: list[tuple[Operand, Box]], starts: NDArray, stops: NDArr
     task = np.arange(low.shape[1])
     cut = gaps.argmax(axis=0) + 1 if len(gaps) else np.ones(low.shape[1], np.int64)  # the first operand behind the widest gap
     is_cut = gaps[cut - 1, task] > 0 if len(gaps) else np.zeros(low.shape[1], bool)
-    ends = np.where(is_cut, reached[cut - 1, task], reached[-1])
-    near = Spans(low[0].tolist(), ends.tolist())
     if not is_cut.any():
-        return (near,)
-    after = np.where(is_cut, low[np.minimum(cut, len(low) - 1), task], FAR)
-    return near, Spans(after.tolist(), np.where(is_cut, reached[-1], -1).tolist())
+        return (Spans(low[0].tolist(), reached[-1].tolist()),)
+    pieces = (
+        (low[0], np.where(is_cut, reached[cut - 1, task], reached[-1])),
+        (np.where(is_cut, low[np.minimum(cut, len(low) - 1), task], FAR), np.where(is_cut, reached[-1], -1)),
+    )
+    # Near is what a task would touch if all tasks went through the bytes evenly: so tasks touch in order what is near, what is below
+    # that, and what is above it.
+    middle = low[0].min() + (task + 0.5) / len(task) * (reached[-1].max() - low[0].min())
+    (first, first_end), (second, second_end) = pieces
+    is_below = is_cut & (abs(first + first_end - 2 * middle) > abs(second + second_end - 2 * middle))
+    near = Spans(np.where(is_below, second, first).tolist(), np.where(is_below, second_end, first_end).tolist())
+    far = [
+        Spans(np.where(has, low_, FAR).tolist(), np.where(has, high_, -1).tolist())
+        for has, low_, high_ in ((is_below, first, first_end), (is_cut & ~is_below, second, second_end))
+        if has.any()
+    ]
+    return near, *far
 
 
 def _copies_nbytes(draft: _LayerDraft, is_spilled: Callable[[int], bool]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shmarray.region import Box
@@ -133,6 +133,11 @@ class Grid:
         cuts = [*self.edges[axis][: -1 : self.group[axis]], self.shape[axis]]
         return [b - a for a, b in itertools.pairwise(cuts)]
 
+    def slabs(self, axis: int) -> Callable[[int, int], tuple[int, int]]:
+        """Return what tells, of boxes cut along ``axis`` alone, where [start, stop) of them begin and end along it."""
+        size, n = self.sizes[axis], self.shape[axis]
+        return lambda start, stop: (start * size, min(stop * size, n))
+
     def slab_axis(self) -> int | None:
         """Return the only axis that is cut, if all axes before it have length 1 (-1 when none is cut), else None."""
         if self.edges is not None:
@@ -160,6 +165,14 @@ class PartGrid(Grid):
     @property
     def counts(self) -> tuple[int, ...]:
         return self.whole.counts
+
+    def slabs(self, axis: int) -> Callable[[int, int], tuple[int, int]]:
+        size, low, n = self.whole.sizes[axis], self.low[axis], self.shape[axis]
+        return lambda start, stop: (max(start * size - low, 0), min(stop * size - low, n))
+
+    def slab_axis(self) -> int | None:
+        axis = self.whole.slab_axis()
+        return axis if axis == -1 or axis is None or all(n == 1 for n in self.shape[:axis]) else None
 
     def box(self, index: int) -> Box:
         return tuple(
@@ -288,6 +301,15 @@ def walked_grid(edges: Edges, axes: tuple[int, ...]) -> Grid:
         if each >= reduced or math.prod(-(-counts[a] // group[a]) for a in axes) <= most:
             return Grid.of(edges, tuple(group))
         each += each  # the split of one axis into equal parts may leave more of them than wanted
+
+
+def thinner(grid: Grid, items: int) -> Grid | None:
+    """Return a grid of slabs of about ``items`` items along the axis that ``grid`` is cut along; None where it has no such axis."""
+    axis = grid.slab_axis()
+    if axis is None or axis < 0 or not grid.is_regular:
+        return None
+    thickness = max(1, items // max(1, math.prod(grid.shape[axis + 1 :])))
+    return Grid(grid.shape, (*grid.sizes[:axis], min(grid.shape[axis], thickness), *grid.sizes[axis + 1 :]), grid.inner)
 
 
 def in_small_tiles(grid: Grid, axes: tuple[int, ...]) -> Grid:

@@ -28,6 +28,7 @@ running
 pool
 executors.synchronous executors.threads executors.processes
 repeat
+blocking
 run
 """
 
@@ -91,6 +92,7 @@ DOORS = {
         "kernels.sources",
         "kernels.llvm.kernel",
     },
+    "scheduler.blocking": {"iterate"},
     "scheduler.repeat": {"iterate", "plan"},
     "scheduler.redo": {"kernels.numpy", "kernels.llvm.kernel", "kernels.llvm.engine"},
     "scheduler.worker": {"doctor"},  # the life socket, to try it

@@ -18,7 +18,7 @@ from scheduler.task import Context
 from shmarray.kernels.numpy import MapKernel, Together
 from shmarray.kernels.program import Operand, Program
 from shmarray.region import Box
-from shmarray.tiles import Grid
+from shmarray.tiles import Grid, part_grid
 
 __all__ = ["PartsKernel"]
 
@@ -47,6 +47,11 @@ class PartsKernel:
         """The same for the NumPy engine."""
         return replace(self, parts=tuple(part if isinstance(part, MapKernel) else part.plain for part in self.parts))
 
+    def on(self, grid: Grid) -> PartsKernel | None:
+        """Return the same in other tiles, cut along one axis as before; None where that cannot be."""
+        parts = tuple(part.on(part_grid(grid, place)) for part, place in zip(self.parts, self.places, strict=True) if hasattr(part, "on"))
+        return replace(self, parts=parts, grid=grid) if len(parts) == len(self.parts) and all(parts) else None
+
     def bind(self, context: Context) -> Callable[[int], None]:
         bound: list[Callable[[int], None] | None] = [None] * len(self.parts)
         bounds = [[(piece.start, piece.stop) for piece in place] for place in self.places]
@@ -67,20 +72,23 @@ class PartsKernel:
                 if has(tile, number):
                     part(number)(index)
 
-        def run_together(start: int, stop: int) -> None:
-            first, last = grid.box(start), grid.box(stop - 1)
-            tile = tuple([slice(a.start, b.stop) for a, b in zip(first, last, strict=True)])
-            for number in range(len(bounds)):
-                if has(tile, number):
-                    many = getattr(part(number), "many", None)
-                    if many is not None:
-                        many(start, stop)
-                        continue
-                    for index in range(start, stop):
-                        if has(grid.box(index), number):
-                            part(number)(index)
+        axis = grid.slab_axis()
+        slabs = [part.grid.slabs(axis) for part in self.parts] if axis not in (None, -1) else []
 
-        return Together(run, run_together) if grid.slab_axis() not in (None, -1) else run
+        def run_together(start: int, stop: int) -> None:
+            for number, slab in enumerate(slabs):
+                low, high = slab(start, stop)
+                if low >= high:
+                    continue
+                many = getattr(part(number), "many", None)
+                if many is not None:
+                    many(start, stop)
+                    continue
+                for index in range(start, stop):
+                    if has(grid.box(index), number):
+                        part(number)(index)
+
+        return Together(run, run_together) if slabs else run
 
     def __reduce__(self) -> tuple[Any, ...]:
         codes = list(dict.fromkeys(getattr(part, "code", b"") for part in self.parts))

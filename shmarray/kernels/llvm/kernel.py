@@ -84,6 +84,23 @@ class CompiledKernel:
     def grid(self) -> Grid:
         return self.plain.grid
 
+    @property
+    def goes_along(self) -> bool:
+        """Whether tasks that lie side by side may run as one: tiles lie one behind the other along one axis, which the code has a
+        loop for (it has none where every tile is one item of it wide), and the code takes them whole."""
+        along = self.grid.slab_axis() if isinstance(self.plain, MapKernel) else None
+        return any(along in axes for axes in self.loops) and self.piece_sizes == self.grid.sizes
+
+    def on(self, grid: Grid) -> CompiledKernel | None:
+        """Return the same in tiles of another size along the axis that they are cut along; None where that cannot be."""
+        along = self.grid.slab_axis()
+        is_one_piece = isinstance(self.plain, MapKernel) and self.piece_sizes == self.grid.sizes
+        if along is None or along < 0 or grid.slab_axis() != along or not is_one_piece:
+            return None
+        if not self.goes_along and self.grid.sizes[along] > 1:
+            return None
+        return replace(self, plain=replace(self.plain, grid=grid), piece_sizes=grid.sizes)
+
     def bind(self, context: Context) -> Callable[[int], None]:
         bound = _Bound(self, context)
         return Together(bound.run, bound.run_together) if bound.goes_together else bound.run
@@ -152,16 +169,39 @@ class _Bound:
         else:
             self.run = self._run_in_steps if s.updated else self._run_map
         is_plain = not (self.made or self.fetched or self.flushed or self.fills or kernel.aside or s.updated)
-        # Tiles lie one behind the other along one axis, which the code has a loop for: not where every tile is one item of it wide.
-        along = kernel.grid.slab_axis() if isinstance(self.plain, MapKernel) else None
-        has_loop = any(along in axes for axes in kernel.loops)
-        self.goes_together = is_plain and has_loop and kernel.piece_sizes == kernel.grid.sizes
+        self.goes_together = is_plain and kernel.goes_along
+        if self.goes_together:
+            self._prepare_slabs()
+
+    def _prepare_slabs(self) -> None:
+        """Note what differs between pieces that are cut along one axis alone, and enter the rest of the arguments."""
+        grid, words = self.plain.grid, self.words
+        axis = grid.slab_axis()
+        assert axis is not None
+        self.slab_axis, self.slabs = axis, grid.slabs(axis)
+        self.moving = [(number, address, strides[axis]) for number, address, strides in self.direct]
+        self.slab_counts: list[tuple[int, int]] = []  # word, items for each one along the axis
+        for loop, axes in enumerate(self.kernel.loops):
+            each = math.prod(grid.shape[a] for a in axes if a != axis)
+            words[self.where.counts + loop] = each
+            if axis in axes:
+                self.slab_counts.append((self.where.counts + loop, each))
 
     def run_together(self, start: int, stop: int) -> None:
         """Run tasks that lie one behind the other as one piece."""
-        grid = self.plain.grid
-        first, last = grid.box(start), grid.box(stop - 1)
-        self._call(tuple([slice(a.start, b.stop) for a, b in zip(first, last, strict=True)]))
+        low, high = self.slabs(start, stop)
+        if low >= high:
+            return
+        words = self.words
+        for number, address, stride in self.moving:
+            words[number] = address + low * stride
+        for word, each in self.slab_counts:
+            words[word] = (high - low) * each
+        flags = self.function(self.address)
+        if flags & self._mask():
+            shape, axis = self.plain.grid.shape, self.slab_axis
+            piece = tuple([slice(low, high) if a == axis else slice(0, n) for a, n in enumerate(shape)])
+            self._explain(flags, piece, (piece,))
 
     def _use(self, number: int, window: np.ndarray[Any, Any]) -> None:
         """Enter an array that lies in this process for the whole run."""
