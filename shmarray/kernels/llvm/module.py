@@ -53,8 +53,12 @@ def write_module(s: Structure, machine: Machine) -> str:
 
 
 def _map(w: Writer) -> None:
+    must_align = any(o.streams for o in w.s.operands)
     with w.loops(range(len(w.s.reduced) - 1), w.pointers) as (here, _):
-        w.strips(here, w.counts[-1], lambda j, row: None)
+        if must_align:
+            w.strips(here, w.counts[-1], lambda j, row: None)
+        else:
+            w.overlapping_strips(here, w.counts[-1])
 
 
 def _reduce_along(w: Writer) -> None:

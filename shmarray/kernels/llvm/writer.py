@@ -251,6 +251,69 @@ class Writer:
         build.branch(phase)
         build.position_at_end(after)
 
+    def overlapping_strips(self, pointers: list[ir.Value], count: ir.Value) -> None:
+        """Compute strips of a map of which none is short: the last ends where the row does, though it begins before the one before ends.
+
+        What two strips have in common is computed twice, to the same bits, and written twice: not for operands that are updated, nor for
+        stores that must be aligned. The second strip begins where stores are aligned: one that crosses from line to line of the cache
+        costs twice. A row with fewer items than a strip goes through scratch.
+        """
+        build, s = self.builder, self.s
+        moving = [k for k, o in enumerate(s.operands) if o.inner != "still"]
+        strided = [k for k in moving if s.operands[k].inner == "strided"]
+        self._steps(pointers, [], still=True)
+        lanes = i64(s.lanes)
+        second = self._second_strip(pointers)
+        is_short = build.icmp_signed("<", count, lanes)
+        last_whole = build.sub(count, lanes)
+        whole, fill, strips = build.block, self.block("fill"), self.block("strips")
+        body, after = self.block("strip"), self.block("after")
+        build.cbranch(is_short, fill, strips)
+        build.position_at_end(fill)
+        self._pad({k: pointers[k] for k in moving}, count)
+        filled = build.block
+        build.branch(strips)
+        build.position_at_end(strips)
+        starts = {k: self.merged([(pointers[k], whole), (self._padded_start(k), filled)]) for k in moving}
+        strides = {k: self.merged([(self._item_stride(k), whole), (self._pad_stride(k), filled)]) for k in strided}
+        last = self.merged([(last_whole, whole), (i64(0), filled)])
+        entered = build.block
+        build.branch(body)
+        build.position_at_end(body)
+        j = build.phi(I64)
+        j.add_incoming(i64(0), entered)
+        following = build.phi(I64)  # the strip behind this one, unless that is the last
+        following.add_incoming(second, entered)
+        places: list[tuple[ir.Value, ir.Value]] = []
+        for k, o in enumerate(s.operands):
+            if k not in starts:
+                places.append((pointers[k], i64(0)))
+            elif k in strides:
+                places.append((self.at(starts[k], build.mul(j, strides[k])), strides[k]))
+            else:
+                places.append((self._inner(starts[k], k, j), i64(np.dtype(o.dtype).itemsize)))
+        self._steps([p for p, _ in places], [stride for _, stride in places], still=False)
+        j.add_incoming(build.select(build.icmp_signed("<", following, last), following, last), build.block)
+        following.add_incoming(build.add(following, lanes), build.block)
+        build.cbranch(build.icmp_signed("<", j, last), body, after)
+        build.position_at_end(after)
+        stored = {k: pointers[k] for k in moving if s.operands[k].is_stored}
+        if stored:
+            with self.when(is_short):
+                self._unpad(stored, {}, count)
+
+    def _second_strip(self, pointers: list[ir.Value]) -> ir.Value:
+        """Return the first item behind item 0 at which stores of a whole strip are aligned."""
+        build, s = self.builder, self.s
+        stored = [k for k, o in enumerate(s.operands) if o.is_stored and o.inner == "forward"]
+        if not stored:
+            return i64(s.lanes)
+        size = np.dtype(s.operands[stored[0]].dtype).itemsize
+        address = build.ptrtoint(pointers[stored[0]], I64)
+        line = min(STRIP_ALIGNMENT, s.lanes * size)
+        items = build.udiv(build.and_(build.sub(i64(0), address), i64(line - 1)), i64(size))
+        return build.select(build.icmp_signed("==", items, i64(0)), i64(s.lanes), items)
+
     def _strip(
         self,
         pointers: list[ir.Value],
