@@ -36,6 +36,7 @@ from scheduler.task import SPILL, Outcome, Plan, Report, Tally
 __all__ = ["RESERVED_SHARE", "Pool", "PoolStatistics", "Watcher", "configure_default", "default_pool", "is_watched", "unwatch", "watch"]
 
 TINY_NBYTES = 2 << 20  # moved: done in the driver sooner than told to a worker
+LONE_NBYTES = 4 * TINY_NBYTES  # the same where one worker would do it, one task after the other, while the driver waits
 LARGE_NBYTES = 1 << 20  # from here on an allocation looks after the warm memory as well
 RESERVED_SHARE = 8  # an eighth of the limit is not given to stored arrays that can go to the spill file: plans need scratch
 LOOK_AGAIN_S = 0.5  # how long room that was dropped, not given back, can go unnoticed
@@ -143,7 +144,8 @@ class Pool:
         if name is not None and name not in _KNOWN:
             raise ValueError(f"scheduler {name!r} is not known; there are {', '.join(map(repr, sorted(_KNOWN)))}.")
         if name is None:
-            tiny = not plan.isolated and 0 <= plan.cost_nbytes() <= TINY_NBYTES
+            most = LONE_NBYTES if all(layer.ntasks == 1 for layer in plan.layers) else TINY_NBYTES
+            tiny = not plan.isolated and 0 <= plan.cost_nbytes() <= most
             name = "synchronous" if tiny else "processes"
         if name in ("processes", "threads") and (self.workers == 0 or worker.IN_WORKER or is_inline()):
             name = "synchronous"  # a run inside a task: it must not wait for workers that wait for it

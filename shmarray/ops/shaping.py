@@ -78,7 +78,7 @@ def _map_chunks(x: Any, map: IndexMap) -> Chunks:
     """Return the chunks of a view: those of the input that it cuts through."""
     result: list[tuple[int, ...]] = []
     for n, (axis, step) in zip(map.shape, map.axes, strict=True):
-        if axis < 0 or n == 0:
+        if axis < 0 or n == 0 or len(x.chunks[axis]) == 1:
             result.append((n,))
             continue
         sizes = x.chunks[axis]
