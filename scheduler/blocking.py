@@ -121,7 +121,7 @@ def _together(steps: Sequence[Step], workers: int) -> tuple[Step, int] | None:
     if not each:
         return None
     some = steps[: max(1, DEPTH // each)]
-    buffers, numbers = merged([step.plan for step in some])
+    buffers, numbers = _merged([step.plan for step in some])
     levels: list[_Level] = []
     for step, mine in zip(some, numbers, strict=True):
         new = _levels_of(step, mine)
@@ -137,13 +137,23 @@ def _together(steps: Sequence[Step], workers: int) -> tuple[Step, int] | None:
     return _step_of(levels[:depth], cut, [step.plan for step in some[: depth // each]], buffers), depth // each
 
 
+def _merged(plans: Sequence[Plan]) -> tuple[list[Buffer], list[list[int]]]:
+    """Return buffers as `merged` does, but that one temporary serves all steps: they wait for each other as for any buffer."""
+    buffers, numbers = merged(plans)
+    shared: dict[int, int] = {}
+    for plan, mine in zip(plans, numbers, strict=True):
+        for k, one in enumerate(plan.buffers):
+            if one.address is None:
+                mine[k] = shared.setdefault(k, mine[k])
+    used = sorted({b for mine in numbers for b in mine})
+    return [buffers[b] for b in used], [[used.index(b) for b in mine] for mine in numbers]
+
+
 def _levels_of(step: Step, numbers: Sequence[int]) -> list[_Level] | None:
     levels = []
     for layer, reads, writes in zip(step.plan.layers, step.reads, step.writes, strict=True):
         if layer.place != "worker" or layer.in_place or not layer.retry or layer.ntasks != step.plan.layers[0].ntasks:
             return None
-        if any(step.plan.buffers[b].address is None for b in (*layer.reads, *layer.writes)):
-            return None  # temporaries of so many steps would live at once
         read = {numbers[b]: spans for b, spans in reads.items() if spans is not None}
         written = {numbers[b]: spans for b, spans in writes.items() if spans is not None}
         if len(read) < len(reads) or len(written) < len(writes):
@@ -282,7 +292,7 @@ def _step_of(levels: Sequence[_Level], cut: Cut, plans: Sequence[Plan], buffers:
         numbers.setdefault(id(level.layer.kernel), len(kernels))
         kernels.setdefault(id(level.layer.kernel), level.layer.kernel)
     named = tuple((numbers[id(level.layer.kernel)], level.names) for level in levels)
-    reads = tuple(dict.fromkeys(b for level in levels for b in level.reads))
+    reads = tuple(dict.fromkeys(b for level in levels for b in level.reads if buffers[b].address is not None))
     writes = tuple(dict.fromkeys(b for level in levels for b in level.writes))
     blocks = len(cut[0])
     after: tuple[tuple[Dependency, ...], ...] = (

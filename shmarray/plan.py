@@ -174,8 +174,8 @@ def build_step(roots: Sequence[Expr], targets: Sequence[Target], pool: Pool) -> 
 
 
 def _step(plan: Plan, drafts: Sequence[_LayerDraft], grids: Sequence[Grid | None]) -> Step:
-    reads = [_spans(draft.loads, None if draft.is_made else grid, draft.places) for draft, grid in zip(drafts, grids, strict=True)]
-    return Step(plan, tuple(reads), tuple(_spans(draft.stores, grid) for draft, grid in zip(drafts, grids, strict=True)))
+    touched = [_touched(draft, grid) for draft, grid in zip(drafts, grids, strict=True)]
+    return Step(plan, tuple(reads for reads, _ in touched), tuple(writes for _, writes in touched))
 
 
 def _thin_step(plan: Plan, drafts: Sequence[_LayerDraft]) -> Step | None:
@@ -1142,19 +1142,48 @@ class _Builder:
         return Outline(self.plan(), layers, tuple(target.buffer for target in self.targets), owners)
 
 
-def _spans(operands: Sequence[Operand], grid: Grid | None, places: Sequence[Box] = ()) -> dict[int, tuple[Spans, ...] | None]:
-    """Return, per buffer, which bytes each task of a layer touches through ``operands``; None where that is not known.
+Uses = dict[int, tuple[Spans, ...] | None]
+
+
+def _touched(draft: _LayerDraft, grid: Grid | None) -> tuple[Uses, Uses]:
+    """Return which bytes of its buffers each task of a layer, in boxes of ``grid``, reads, and which it writes; None where unknown."""
+    kernel = draft.kernel
+    if isinstance(kernel, BlockKernel):
+        return _read_by(kernel.source, kernel.grid), _spans((kernel.out,), kernel.grid)
+    made = {o.buffer for operand in kernel.program.made for o in operand.source.loads} if draft.is_made else set()  # type: ignore[attr-defined]
+    reads = _spans([o for o in draft.loads if o.buffer not in made], grid, draft.places)
+    return {**reads, **dict.fromkeys(made)}, _spans(draft.stores, grid)
+
+
+def _read_by(source: Any, grid: Grid) -> Uses:
+    """Return which bytes a source reads to make each box of a grid."""
+    unknown: Uses = dict.fromkeys(o.buffer for o in source.loads)
+    if not isinstance(source, BlockSource) or any(program.made or len(program.operands) > 1 for program in source.inputs):
+        return unknown
+    starts, stops = [], []  # [box, input, axis]; of several rounds, from the first to the last
+    for k in range(grid.ntasks):
+        rounds = list(source.operation.rounds(grid.box(k)))
+        starts.append([[min(s.start for s in axis) for axis in zip(*boxes, strict=True)] for boxes in zip(*rounds, strict=True)])
+        stops.append([[max(s.stop for s in axis) for axis in zip(*boxes, strict=True)] for boxes in zip(*rounds, strict=True)])
+    by_buffer: dict[int, list[_Read]] = {}
+    for n, program in enumerate(source.inputs):
+        first, last = (np.array([box[n] for box in ends], np.int64).reshape(grid.ntasks, -1) for ends in (starts, stops))
+        by_buffer.setdefault(program.operands[0].buffer, []).append((program.operands[0], full_box(program.shape), first, last))
+    return {buffer: _spans_of(some) for buffer, some in by_buffer.items()}
+
+
+def _spans(operands: Sequence[Operand], grid: Grid | None, places: Sequence[Box] = ()) -> Uses:
+    """Return, per buffer, which bytes each task of a layer touches through ``operands``.
 
     ``places``: where in the grid's shape operands belong that are read in a part of it.
     """
     if grid is None:
-        return {o.buffer: None for o in operands}
-    whole = tuple(slice(0, n) for n in grid.shape)
-    by_buffer: dict[int, list[tuple[Operand, Box]]] = {}
-    for operand, place in zip(operands, places or itertools.repeat(whole)):
-        by_buffer.setdefault(operand.buffer, []).append((operand, place))
+        return dict.fromkeys(o.buffer for o in operands)
     starts, stops = _bounds(grid)
-    return {buffer: _spans_of(some, starts, stops) for buffer, some in by_buffer.items()}
+    by_buffer: dict[int, list[_Read]] = {}
+    for operand, place in zip(operands, places or itertools.repeat(full_box(grid.shape))):
+        by_buffer.setdefault(operand.buffer, []).append((operand, place, starts, stops))
+    return {buffer: _spans_of(some) for buffer, some in by_buffer.items()}
 
 
 def _bounds(grid: Grid) -> tuple[NDArray, NDArray]:
@@ -1168,10 +1197,13 @@ def _bounds(grid: Grid) -> tuple[NDArray, NDArray]:
     return starts, np.array([[s.stop for s in box] for box in boxes], np.int64).reshape(len(boxes), -1)
 
 
-def _spans_of(operands: list[tuple[Operand, Box]], starts: NDArray, stops: NDArray) -> tuple[Spans, ...] | None:
-    """Return where operands lie that tasks read from ``starts`` to ``stops``: with what lies far from the rest of a task's apart."""
+_Read = tuple[Operand, Box, NDArray, NDArray]  # where in a space an operand belongs, and where tasks' boxes begin and end there
+
+
+def _spans_of(operands: Sequence[_Read]) -> tuple[Spans, ...] | None:
+    """Return which bytes of a buffer tasks touch through operands: with what lies far from the rest of a task's apart."""
     lows, highs = [], []
-    for o, place in operands:
+    for o, place, starts, stops in operands:
         if len(o.shape) != len(place) or any(m not in (1, p.stop - p.start) for m, p in zip(o.shape, place, strict=True)):
             return None
         begin = np.array([p.start for p in place], np.int64)

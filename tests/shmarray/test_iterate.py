@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import shmarray as sa
+from scheduler import repeat
 from shmarray import templates
 from shmarray.iterate import _Loop
 
@@ -1211,3 +1212,25 @@ def test_random_steps_agree_with_numpy(
         if not is_out:
             for one, other in zip(stored, state, strict=True):
                 np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda u: sa.map_overlap(lambda block: block * 0.5, u, depth=1, boundary="periodic"),
+        lambda u: u.map_blocks(lambda block: block * 0.5),
+        lambda u: u * 0.9 + sa.random.default_rng(3).standard_normal(u.shape),
+    ],
+    ids=["overlap", "blocks", "random"],
+)
+def test_tasks_of_any_kind_wait_for_neighbours_alone(monkeypatch: pytest.MonkeyPatch, step: Callable[[Any], Any]) -> None:
+    made = buffers_of(monkeypatch)
+    with sa.Pool(workers=2):
+        sa.iterate(step, sa.ones((64, 64), chunks=(8, 64)), steps=2)
+    (loop,) = made
+    plan = loop.plain.step
+    fields = {number for number in (*loop.plain.fields, *loop.plain.fresh) if number is not None}
+    for uses in (*plan.reads, *plan.writes):
+        assert all(spans is not None for buffer, spans in uses.items() if buffer in fields)
+    waits = repeat.chain([loop._bound(loop.plain, loop.fields, loop._next(loop.fields)[0], 0)] * 2)
+    assert all(dependency.requires is not None for dependency in waits.layers[-1].dependencies)
