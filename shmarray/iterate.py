@@ -46,7 +46,7 @@ __all__ = ["Frame", "iterate"]
 
 AT_ONCE_S = 0.03  # of steps at once: enough that what a plan costs is lost in it
 FEWEST, MOST = 4, 32  # steps in one plan, once it is known how long one takes
-LIVE_S = 0.02  # of steps at once while others read the state, who want a frame every 33 ms
+LIVE_S = 0.05  # of steps at once while others read the state: they see 20 frames a second, and blocks stay a few steps deep
 WORTH_WORKERS_S = 2e-4  # a step that takes longer here may take less in worker processes
 WARM_UP = 1, 1, 4, 16  # steps in the first batches here: at first code is loaded and memory touched, at last what a batch costs is small
 WARM_UP_S = 0.01  # but not more than take so long
@@ -73,7 +73,7 @@ class _Role(Storage):
             f"computing an array inside a step of iterate(), at {user_line()}: the step is called once, with arrays that have no values "
             f"yet, to find out what it computes. So it cannot branch on values, print them, or turn them into numbers. Use sa.where for "
             f"choices, until= to stop, observe= and callback= to look, scalars= for numbers that vary by step. What is computed at once "
-            f"has no place in it: sort, elements picked by masks or index arrays, writing into stored arrays but a copy() of them."
+            f"has no place in it: sort, elements picked by masks, writing into stored arrays but a copy() of them."
         )
 
     def requests(self, layout: Layout, mode: str) -> list[LockRequest]:
@@ -372,9 +372,10 @@ class _Loop:
         if self.rates.get("pool") == math.inf and self.rates[place] > WORTH_WORKERS_S:
             place = "pool"  # to be tried
         step_s = self.rates[place] if self.rates[place] < math.inf else self.rates["here"]
-        at_once = 1 << int(math.log2(max(1.0, (LIVE_S if is_short else AT_ONCE_S) / step_s)))
         if is_short:
+            at_once = max(1, int(LIVE_S / step_s))
             return place, min(MOST, at_once) if place == "pool" else at_once
+        at_once = 1 << int(math.log2(max(1.0, AT_ONCE_S / step_s)))
         return place, max(self.fewest, min(MOST, at_once)) if place == "pool" else max(1, at_once)
 
     def _reach(self) -> None:
@@ -473,9 +474,10 @@ class _Loop:
         watch.begin(self._values)
         while steps is None or done < steps:
             most = math.inf if steps is None else steps - done
+            place, at_once = self._batch(is_short=watch.is_asked())
             if is_watched:
                 most = min(most, every - done % every)
-            place, at_once = self._batch(is_short=watch.is_asked())
+                at_once = math.ceil(most / math.ceil(most / at_once))  # as many in each batch up to the next look
             count = int(min(most, at_once))
             done += count
             is_look = is_watched and (done % every == 0 or done == steps)
