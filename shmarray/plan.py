@@ -849,7 +849,8 @@ class _Builder:
         nodes = [node for node, _ in members if isinstance(node, Assemble)]
         shape, maps = nodes[0].shape, nodes[0].maps
         straight = tuple((a, 1) for a in range(len(shape)))
-        filled = [k for k, map in enumerate(maps) if math.prod(map.shape)]
+        # The largest first: narrow parts touch a line of cache for each item, which is there when their neighbours have been computed.
+        filled = sorted((k for k, map in enumerate(maps) if math.prod(map.shape)), key=lambda k: -math.prod(maps[k].shape))
         if not nodes[0].disjoint or not 0 < len(filled) <= MOST_BOXES or any(maps[k].axes != straight for k in filled):
             return False
         largest = max(filled, key=lambda k: math.prod(maps[k].shape))
