@@ -46,6 +46,8 @@ __all__ = ["Frame", "iterate"]
 
 AT_ONCE_S = 0.03  # of steps at once: enough that what a plan costs is lost in it
 FEWEST, MOST = 4, 32  # steps in one plan, once it is known how long one takes
+MOST_S = 1.0  # of steps at once
+READ_S = 0.2  # the same where others may read the state: as long as they wait for it
 LIVE_S = 0.05  # of steps at once while others read the state: they see 20 frames a second, and blocks stay a few steps deep
 WORTH_WORKERS_S = 2e-4  # a step that takes longer here may take less in worker processes
 WARM_UP = 1, 1, 4, 16  # steps in the first batches here: at first code is loaded and memory touched, at last what a batch costs is small
@@ -250,7 +252,7 @@ class _Loop:
         self.looks: list[Expr] = []
         self._trace(step, numbers)
         self.plain = self._planned([])
-        self.fewest = FEWEST if self.plain.thin is None else 2 * DEPTH
+        self.wanted = FEWEST if self.plain.thin is None else 2 * DEPTH  # steps at once, for blocks to go deep
         self.looking = self._planned(self.looks) if self.looks else self.plain
         nodes = list(postorder([*self.new, *self.looks]))
         self.readers = {x: node for node in nodes for x in node.inputs}
@@ -275,6 +277,7 @@ class _Loop:
         ]
         # Seconds that a step takes here, and in worker processes; where it may run.
         self.rates: dict[str, float] = dict.fromkeys(self._places_to_run(), math.inf)
+        self.is_published = False
         self.warmed_up = 0  # batches here before workers are thought of: they take a second to start, which tiny steps would wait for
 
     # --- tracing and planning ----------------------------------------------------------------------------------------------
@@ -376,7 +379,10 @@ class _Loop:
             at_once = max(1, int(LIVE_S / step_s))
             return place, min(MOST, at_once) if place == "pool" else at_once
         at_once = 1 << int(math.log2(max(1.0, AT_ONCE_S / step_s)))
-        return place, max(self.fewest, min(MOST, at_once)) if place == "pool" else max(1, at_once)
+        if place == "here":
+            return place, at_once
+        wanted = max(at_once, self.wanted)
+        return place, max(FEWEST, min(MOST, wanted, int((READ_S if self.is_published else MOST_S) / step_s)))
 
     def _reach(self) -> None:
         """Have copies stand for arrays that lie in this process's own memory, where workers may not reach that."""
@@ -471,6 +477,7 @@ class _Loop:
         began = time.perf_counter()
         done = 0
         is_watched = callback is not None or self.until is not None
+        self.is_published = watch.publisher is not None
         watch.begin(self._values)
         while steps is None or done < steps:
             most = math.inf if steps is None else steps - done

@@ -358,7 +358,7 @@ def test_memory_with_out_is_the_state_twice() -> None:
 
 def test_steps_that_are_slow_only_at_first_do_not_start_workers() -> None:
     loop = _Loop.__new__(_Loop)
-    loop.fewest = 4
+    loop.wanted, loop.is_published = 4, False
     loop.rates, loop.warmed_up = {"here": math.inf, "pool": math.inf}, 0
     batches = []
 
@@ -371,7 +371,7 @@ def test_steps_that_are_slow_only_at_first_do_not_start_workers() -> None:
 
 def test_steps_that_stay_slow_are_tried_in_workers() -> None:
     loop = _Loop.__new__(_Loop)
-    loop.fewest = 4
+    loop.wanted, loop.is_published = 4, False
     loop.rates, loop.warmed_up = {"here": math.inf, "pool": math.inf}, 0
 
     for _ in range(4):
