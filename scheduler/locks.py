@@ -126,6 +126,9 @@ class Hold:
         self.release()
 
 
+H = TypeVar("H", bound=Hold)
+
+
 class _Lost(weakref.ref[Hold]):
     """What is left of a Hold that was dropped and not released: its ``ticket``.
 
@@ -290,17 +293,18 @@ class CellLocks:
         With ``os_lock``, a deadlock with another process is found by the system only while neither ``timeout`` nor ``cancelled``
         is given; with one of them the bytes are polled for, at most 10 ms apart, and the timeout ends it.
         """
-        return self.acquire_runs(_merge(requests), os_lock=os_lock, timeout=timeout, cancelled=cancelled)
+        return self.acquire_runs(_merge(requests), Hold, os_lock=os_lock, timeout=timeout, cancelled=cancelled)
 
     def acquire_runs(
         self,
         wanted: dict[int, Runs],
+        kind: type[H],
         *,
         os_lock: bool = False,
         timeout: float | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> Hold:
-        """`acquire` of runs (start, stop, write) by extent, which are in order, not empty, and do not overlap."""
+    ) -> H:
+        """`acquire` of runs (start, stop, write) by extent, which are in order, not empty, and do not overlap; as a Hold of that kind."""
         ticket = _Ticket(self._owner(), wanted, os_lock)
         try:
             deadline = None if timeout is None else time.monotonic() + timeout
@@ -314,7 +318,7 @@ class CellLocks:
                 finally:
                     if self._crowd is not None:
                         self._crowd.say_waits(False)
-            return Hold(self, ticket)
+            return kind(self, ticket)
         except BaseException:
             self._released.append(ticket)
             self._settle()
@@ -431,11 +435,14 @@ class CellLocks:
             try:
                 if self._released:
                     self._clear()
-                self._refuse_upgrade(ticket)
-                if self._may_grant(ticket):
+                if not self._waiting and self._granted.keys().isdisjoint(ticket.wanted):  # nearly always
                     self._grant(ticket)
                 else:
-                    self._enqueue(ticket)
+                    self._refuse_upgrade(ticket)
+                    if self._may_grant(ticket):
+                        self._grant(ticket)
+                    else:
+                        self._enqueue(ticket)
                 while self._released:  # by finalizers, meanwhile
                     self._clear()
             finally:
@@ -790,6 +797,10 @@ class CellLocks:
         base = self._bases.get(extent)
         if base is None:
             return  # it was granted, and interrupted before it took any
+        if len(holders) == 1:  # nearly always: this ticket alone
+            for start, stop, _ in runs:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, stop - start, base + start)
+            return
         others = [run for other, theirs in holders.items() if other is not ticket and other.os_lock for run in theirs]
         written = [run for run in others if run[2]]
         for start, stop, write in runs:

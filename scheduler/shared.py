@@ -29,7 +29,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from sys import is_finalizing
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -182,21 +181,18 @@ class _Gone(weakref.ref[Lease]):
     key: tuple[int, int]
 
 
-class CellHold:
+class CellHold(Hold):
     """Cells that are locked until `release`, or the end of a ``with`` block. Keeps the memory that they are of."""
 
-    __slots__ = ("__weakref__", "_hold", "_lease", "_pid", "_serial", "_written")
-
-    def __init__(self, lease: Lease, hold: Hold) -> None:
-        self._lease = lease
-        self._hold = hold
-        self._written: list[tuple[int, int]] = []
-        self._serial = 0
-        self._pid = os.getpid()
+    __slots__ = ("_lease", "_pid", "_serial", "_written")  # set by `Segment.lock`: a call less for each lock
+    _lease: Lease
+    _pid: int
+    _serial: int
+    _written: list[tuple[int, int]]
 
     def release(self) -> None:
         """Give the cells back; calling it again does nothing."""
-        if not self._hold.is_released:
+        if self._ticket is not None:
             if self._written and self._pid == os.getpid():  # a forked child holds nothing
                 cells = self._lease.cells
                 for start, stop in self._written:
@@ -204,13 +200,7 @@ class CellHold:
                         cells[cell] = 0
                 self._written = []
                 self._lease.segment._writing.pop(self._serial, None)
-            self._hold.release()
-
-    def __enter__(self) -> CellHold:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
+            Hold.release(self)
 
 
 class Segment:
@@ -238,6 +228,7 @@ class Segment:
         # Re-entrant, as a signal handler, or a finalizer that the garbage collector runs, may come in again: `_inside` turns it away.
         self._mutex = threading.RLock()
         self._inside = False
+        self._pid = os.getpid()
         self._waiting: set[int] = set()  # threads that wait for cells
 
     # --- the lock of the table ------------------------------------------------------------------------------------------------
@@ -462,18 +453,20 @@ class Segment:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                hold = self.locks.acquire_runs(wanted, os_lock=True, timeout=timeout)
+                hold = self.locks.acquire_runs(wanted, CellHold, os_lock=True, timeout=timeout)
             except (LockError, TimeoutError) as error:  # in the numbers that `statistics` gives
                 raise type(error)(EXTENT.sub(lambda found: f"shared array {int(found[1]) - 1}", str(error))) from None
             try:
-                found = CellHold(lease, hold)
+                hold._lease = lease
+                hold._pid = self._pid
+                hold._written = []
                 if mode == "w":
-                    self._begin_writing(found, runs)
-                    return found
+                    self._begin_writing(hold, runs)
+                    return hold
                 if not self._abandoned(lease, runs):
-                    return found
+                    return hold
             except BaseException:
-                hold.release()
+                Hold.release(hold)  # whatever of it is set by now
                 raise
             # Somebody died writing. To tell one reader, and one only, takes the lock to write.
             hold.release()
@@ -499,13 +492,13 @@ class Segment:
             return False
         ref = self._writing.get(mark & 0xFFFFFFFF)
         hold = None if ref is None else ref()
-        return hold is not None and hold._hold.owner == threading.get_ident() and not hold._hold.is_released
+        return hold is not None and hold.owner == threading.get_ident() and not hold.is_released
 
     def _begin_writing(self, hold: CellHold, runs: Sequence[tuple[int, int]]) -> None:
         """Mark cells, now locked, as being written: a mark that the next owner finds tells that this one died."""
         lease, cells = hold._lease, hold._lease.cells
-        abandoned = self._abandoned(lease, runs)
-        if abandoned:
+        single = runs[0][0] if len(runs) == 1 and runs[0][1] - runs[0][0] == 1 else None  # nearly always there is one cell
+        if (single is None or cells[single]) and (abandoned := self._abandoned(lease, runs)):
             pid = cells[abandoned[0]] >> 32
             for cell in abandoned:
                 cells[cell] = 0
@@ -518,23 +511,22 @@ class Segment:
         hold._serial = serial = next(_serials) & 0xFFFFFFFF
         self._writing[serial] = weakref.ref(hold)
         mark = hold._pid << 32 | serial
-        if len(runs) == 1 and runs[0][1] - runs[0][0] == 1:
-            cell = runs[0][0]
-            if not cells[cell]:
-                hold._written.append(runs[0])  # first: interrupted between, clearing it does no harm
-                cells[cell] = mark
+        if single is not None:
+            if not cells[single]:
+                hold._written.append(runs[0])  # before the mark: interrupted between, clearing it does no harm
+                cells[single] = mark
             return
         for start, stop in runs:
-            first = None
+            since = None
             for cell in range(start, stop):
                 if not cells[cell]:
                     cells[cell] = mark
-                    first = cell if first is None else first
-                elif first is not None:
-                    hold._written.append((first, cell))
-                    first = None
-            if first is not None:
-                hold._written.append((first, stop))
+                    since = cell if since is None else since
+                elif since is not None:
+                    hold._written.append((since, cell))
+                    since = None
+            if since is not None:
+                hold._written.append((since, stop))
 
     # --- looking ------------------------------------------------------------------------------------------------------------------
 

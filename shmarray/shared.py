@@ -167,13 +167,13 @@ class Lock:
             if form.is_chunks and len(index) == len(form.counts):
                 cell, box = 0, []
                 try:
-                    for i, n, starts in zip(index, form.counts, form.cells):  # as long as each other; this is the hot path
+                    for i, n, slices in zip(index, form.counts, form.slices):  # as long as each other; this is the hot path
                         if not 0 <= i < n:
                             i += n
                             if not 0 <= i < n:
                                 raise IndexError
                         cell = cell * n + i
-                        box.append(slice(starts[i], starts[i + 1]))
+                        box.append(slices[i])
                 except (TypeError, IndexError) as error:
                     raise _chunk_error(type(error), chunk, form) from None
                 array = np.ndarray.__getitem__(array, tuple(box))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -37,14 +38,14 @@ PWRITE_NBYTES = 1 << 20  # from here on writing cold memory by a system call is 
 class Form:
     """What the bytes of a lease are: shape, dtype, chunks. Kept with them, as JSON. Does not change: leases that look alike share it."""
 
-    __slots__ = ("cells", "chunks", "counts", "dtype", "is_chunks", "meta", "shape")
+    __slots__ = ("chunks", "counts", "dtype", "is_chunks", "meta", "shape", "slices")
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> None:
         self.shape = shape
         self.dtype = dtype
         self.chunks = chunks
-        self.cells = _cell_starts(shape, chunks)
-        self.counts = tuple(len(starts) - 1 for starts in self.cells)
+        self.slices = tuple([slice(*ends) for ends in itertools.pairwise(starts)] for starts in _cell_starts(shape, chunks))
+        self.counts = tuple(map(len, self.slices))
         self.is_chunks = self.counts == tuple(len(sizes) for sizes in chunks)  # else there were too many
         self.meta = self._dump()
 
