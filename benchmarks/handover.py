@@ -67,6 +67,10 @@ def touch_array(a):
     return float(a[0])
 
 
+def give_back(message):
+    return message
+
+
 def take_proxy(proxy):
     return read(proxy[0])
 
@@ -239,7 +243,8 @@ def extra_memory(context):
 def hand_over_many(context, window):
     """Return, by way, seconds for each of MANY arrays of 1 MB that are made, handed over, looked at, dropped.
 
-    ``window``: how many are on their way at once. With 1, the time that processes take to wake each other is in it, twice.
+    ``window``: how many are on their way at once. With 1, the time that processes take to wake each other is in it, twice: what of a
+    time is that is shown beside, as the round trip of 100 bytes through the same pipe, in the same rounds.
     """
     here, there = context.Pipe()
     consumer = context.Process(target=consume, args=(there,), daemon=True)
@@ -267,8 +272,18 @@ def hand_over_many(context, window):
             block.unlink()
         return (time.perf_counter() - begin) / n
 
-    result = {name: [] for name in ("shmarray.shared", "pickled through a pipe", "shared_memory, by name")[: 3 if window == 1 else 2]}
+    def bare(n):
+        begin = time.perf_counter()
+        for _ in range(n):
+            here.send((give_back, bytes(100)))
+            here.recv()
+        return (time.perf_counter() - begin) / n
+
+    names = ("shmarray.shared", "pickled through a pipe", "shared_memory, by name", "100 bytes there and back: the floor")
+    result = {name: [] for name in names[: 4 if window == 1 else 2]}
     for _ in range(3):
+        if window == 1:
+            result[names[3]].append(bare(MANY // 3))
         result["shmarray.shared"].append(through(lambda: shared.empty(125_000), MANY // 3))
         result["pickled through a pipe"].append(through(lambda: np.empty(125_000), MANY // 30))
         if window == 1:

@@ -234,6 +234,8 @@ class CellLocks:
 
     def place(self, extent: int, base: int) -> None:
         """Use, for an extent that another process shares, the bytes from that process's ``base``."""
+        if self._bases.get(extent) == base:
+            return  # nearly always: numbers of objects are used again
         with self._mutex:
             if self._bases.setdefault(extent, base) != base:
                 raise LockError(

@@ -84,7 +84,7 @@ class Table:
         self.words[word] = value
 
     def _hold(self, row: int, obj: int, value: int) -> None:
-        self.held[row, obj] = value
+        self._held_bytes[row * OBJECTS + obj] = value
 
     def _wipe(self, held: np.ndarray[Any, Any]) -> None:
         held[...] = 0

@@ -351,7 +351,7 @@ class Segment:
         mutex = self._mutex
         if is_finalizing():  # half of Python is gone, and who ends lets go of everything
             return
-        while self._is_due():  # looked at again after the mutex was left: somebody may have been turned away meanwhile
+        while self._dropped and self._is_due():  # looked at again after the mutex was left: somebody may have been turned away meanwhile
             if not mutex.acquire(blocking=False):
                 return
             try:

@@ -128,6 +128,8 @@ def _is_shape(value: Any) -> bool:
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:
+    if type(shape) is int and shape >= 0:
+        return (shape,)
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
     if not _is_shape(sizes) or any(n < 0 for n in sizes):
         raise ValueError(f"the shape of a shared array is an int or a tuple of ints, none of them negative; got {shape!r}")
