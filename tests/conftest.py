@@ -1,4 +1,4 @@
-"""What all tests share: the executors, internal grids cut small, and one way to compare with NumPy.
+"""What all tests share: the executors, internal grids cut small, a thread, a terminal, and one way to compare with NumPy.
 
 Fixtures that tests under hypothesis use are of session scope and give a function or a context manager.
 Never put here: tests, sleeps, anything that starts a process before a test asks for it.
@@ -7,9 +7,14 @@ Never put here: tests, sleeps, anything that starts a process before a test asks
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
+import pty
+import struct
 import tempfile
+import termios
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +36,7 @@ GRIDS = {  # constant -> a value so small that arrays of a few hundred items are
     "NARROWEST_ITEMS": 2,
 }
 PRODUCTS = {"EDGE_ITEMS": 4, "SPLIT_ITEMS": 8}
+LONG_S = 90.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -119,3 +125,54 @@ def _outcome(call: Callable[[], Any]) -> tuple[Any, type[BaseException] | None, 
 def outcome() -> Callable[[Callable[[], Any]], tuple[Any, type[BaseException] | None, set[tuple[str, str]]]]:
     """``outcome(call)`` gives (values as NumPy arrays, type of the error, warnings as (category, message))."""
     return _outcome
+
+
+def _in_thread(act: Callable[[], Any]) -> Any:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(act()))
+    thread.start()
+    thread.join(LONG_S)
+    return results[0]
+
+
+@pytest.fixture(scope="session")
+def in_thread() -> Callable[[Callable[[], Any]], Any]:
+    """``in_thread(act)`` gives what ``act()`` gave in another thread."""
+    return _in_thread
+
+
+class Terminal:
+    """A pseudo-terminal of 100 columns: ``out`` is its file, ``text`` what was written so far."""
+
+    def __init__(self) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        os.set_blocking(self.master, False)
+        self.out = os.fdopen(slave, "w")
+        self.data = b""
+
+    @property
+    def text(self) -> str:
+        with contextlib.suppress(OSError):  # nothing more, or nobody at the other end
+            while more := os.read(self.master, 1 << 16):
+                self.data += more
+        return self.data.decode(errors="replace")  # the last character may be half here
+
+    def hang_up(self) -> None:
+        """Have nobody at the other end."""
+        os.close(self.master)
+        self.master = -1
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still to be written, and nobody there
+            self.out.close()
+        if self.master >= 0:
+            self.hang_up()
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    """A `Terminal` that a test draws in."""
+    made = Terminal()
+    yield made
+    made.close()

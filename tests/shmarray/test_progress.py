@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import os
-import pty
 import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +24,7 @@ from shmarray.progress import Meter
 
 ROOT = Path(sa.__file__).parent.parent
 DEADLINE_S = 30
-CURSOR_OFF, CURSOR_ON = b"\x1b[?25l", b"\x1b[?25h"
+CURSOR_OFF, CURSOR_ON = "\x1b[?25l", "\x1b[?25h"
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -37,35 +32,6 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < until, f"{what} did not happen"
         select.select([], [], [], 0.005)
-
-
-class Terminal:
-    """A pseudo-terminal of 100 columns: ``out`` is its file, ``text`` what was written so far."""
-
-    def __init__(self) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        os.set_blocking(self.master, False)
-        self.out = os.fdopen(slave, "w")
-        self.data = b""
-
-    @property
-    def text(self) -> bytes:
-        with contextlib.suppress(OSError):  # nothing more, or nobody at the other end
-            while more := os.read(self.master, 1 << 16):
-                self.data += more
-        return self.data
-
-    def close(self) -> None:
-        self.out.close()
-        os.close(self.master)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    made = Terminal()
-    yield made
-    made.close()
 
 
 @pytest.fixture(params=["rich", "tqdm", "text"])
@@ -120,14 +86,14 @@ def waiting(path: Path) -> Callable[[Any], Any]:
     return wait
 
 
-def bar_of(terminal: Terminal, **more: Any) -> sa.ProgressBar:
+def bar_of(terminal: Any, **more: Any) -> sa.ProgressBar:
     return sa.ProgressBar(minimum=0.01, dt=0.01, out=terminal.out, **more)
 
 
 # ------------------------------------------------------------------------------------------------- what it says is so
 
 
-def test_all_tasks_are_counted(executor: str, terminal: Terminal, recorder: Recorder) -> None:
+def test_all_tasks_are_counted(executor: str, terminal: Any, recorder: Recorder) -> None:
     x = sa.ones((40, 5), chunks=(1, 5)).map_blocks(waiting(recorder.file), dtype=float)
     ntasks = sum(layer.ntasks for layer in x.plan().layers)
     with bar_of(terminal):
@@ -142,7 +108,7 @@ def test_all_tasks_are_counted(executor: str, terminal: Terminal, recorder: Reco
     assert not is_watched()
 
 
-def test_computations_are_summed_up(terminal: Terminal, recorder: Recorder) -> None:
+def test_computations_are_summed_up(terminal: Any, recorder: Recorder) -> None:
     x = sa.ones((10, 5), chunks=(1, 5)).map_blocks(waiting(recorder.file), dtype=float)
     each = sum(layer.ntasks for layer in x.plan().layers)
     with bar_of(terminal):
@@ -155,7 +121,7 @@ def test_computations_are_summed_up(terminal: Terminal, recorder: Recorder) -> N
     assert recorder.shown[-1][:2] == (4 * each, 4 * each)
 
 
-def test_progress_of_a_call_is_that_of_its_thread(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+def test_progress_of_a_call_is_that_of_its_thread(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, terminal: Any) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.out)
     monkeypatch.setattr(sa.ProgressBar.__init__, "__defaults__", (0.01, 40, 0.01, None))
     x = sa.ones((10, 5), chunks=(1, 5)).map_blocks(waiting(recorder.file), dtype=float)
@@ -177,7 +143,7 @@ def test_progress_of_a_call_is_that_of_its_thread(recorder: Recorder, monkeypatc
         assert recorder.made == before + 1
 
 
-def test_only_one_bar_at_a_time(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+def test_only_one_bar_at_a_time(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, terminal: Any) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.out)
     x = sa.ones((10, 5), chunks=(1, 5)).map_blocks(waiting(recorder.file), dtype=float)
     with bar_of(terminal), sa.config.set(progress=True):
@@ -185,7 +151,7 @@ def test_only_one_bar_at_a_time(recorder: Recorder, monkeypatch: pytest.MonkeyPa
     assert recorder.made == 1
 
 
-def test_config_asks_for_it_and_a_call_does_not(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+def test_config_asks_for_it_and_a_call_does_not(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, terminal: Any) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.out)
     monkeypatch.setattr(sa.ProgressBar.__init__, "__defaults__", (0.01, 40, 0.01, None))
     slow = waiting(recorder.file)
@@ -207,7 +173,7 @@ def test_the_environment_sets_it(text: str, value: bool) -> None:
         Config({"SHMARRAY_PROGRESS": "perhaps"})
 
 
-def test_an_error_ends_the_bar(executor: str, terminal: Terminal, recorder: Recorder) -> None:
+def test_an_error_ends_the_bar(executor: str, terminal: Any, recorder: Recorder) -> None:
     wait = waiting(recorder.file)
 
     def fail(block: Any) -> Any:
@@ -240,53 +206,51 @@ def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------------------- what is in the terminal
 
 
-def test_what_a_terminal_shows(backend: str, terminal: Terminal) -> None:
+def test_what_a_terminal_shows(backend: str, terminal: Any) -> None:
     with Meter(total=50, unit="steps", description="heat", minimum=0, dt=0.01, out=terminal.out) as meter:
         meter.update(7, change=0.125)
-        wait_until(lambda: b"7/50 steps" in terminal.text, "the drawing of 7")
+        wait_until(lambda: "7/50 steps" in terminal.text, "the drawing of 7")
         meter.update(50, change=0.5, braces="{x}")
-    shown = terminal.text.decode()
+    shown = terminal.text
     assert "heat" in shown
     assert "14%" in shown
     assert "50/50 steps" in shown[shown.rindex("14%") :]  # at the end
     assert "change 0.125" in shown
     assert "braces {x}" in shown
-    assert shown.count(CURSOR_OFF.decode()) == shown.count(CURSOR_ON.decode())
-    assert shown.removesuffix(CURSOR_ON.decode()).endswith("\n")
+    assert shown.count(CURSOR_OFF) == shown.count(CURSOR_ON)
+    assert shown.removesuffix(CURSOR_ON).endswith("\n")
 
 
-def test_a_bar_of_unknown_length(backend: str, terminal: Terminal) -> None:
+def test_a_bar_of_unknown_length(backend: str, terminal: Any) -> None:
     with Meter(minimum=0, dt=0.01, out=terminal.out) as meter:
         meter.update(7)
-        wait_until(lambda: b"7 steps" in terminal.text, "the drawing of 7")
+        wait_until(lambda: "7 steps" in terminal.text, "the drawing of 7")
 
 
-def test_no_line_is_longer_than_the_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_line_is_longer_than_the_terminal(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("rich.progress", "tqdm.auto"):
         monkeypatch.setitem(sys.modules, name, None)
     with Meter(total=50, description="long " * 30, minimum=0, dt=0.01, out=terminal.out) as meter:
         meter.update(1, fact="x" * 200)
-        wait_until(lambda: terminal.text.count(b"\r") > 2, "the drawing")
-    lines = terminal.text.decode().split("\r")
+        wait_until(lambda: terminal.text.count("\r") > 2, "the drawing")
+    lines = terminal.text.split("\r")
     assert max(len(line.rstrip("\n")) for line in lines) == 99
 
 
-def test_what_is_soon_done_shows_nothing(terminal: Terminal) -> None:
+def test_what_is_soon_done_shows_nothing(terminal: Any) -> None:
     with sa.ProgressBar(minimum=1000, out=terminal.out):
         sa.ones(10).sum().compute()
     with Meter(total=3, minimum=1000, out=terminal.out) as meter:
         meter.update(3)
-    assert terminal.text == b""
+    assert terminal.text == ""
 
 
-def test_a_terminal_that_is_closed_is_no_error(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
-    terminal = Terminal()
+def test_a_terminal_that_is_closed_is_no_error(backend: str, terminal: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with Meter(total=50, minimum=0, dt=0.01, out=terminal.out) as meter:
-        wait_until(lambda: b"0/50" in terminal.text, "the first drawing")
-        os.close(terminal.master)
+        wait_until(lambda: "0/50" in terminal.text, "the first drawing")
+        terminal.hang_up()
         meter.update(50)
-    with contextlib.suppress(OSError):
-        terminal.out.close()
+    terminal.close()
     assert capfd.readouterr().err == ""
 
 
@@ -310,7 +274,7 @@ def test_nothing_is_written_where_nobody_looks(kind: str, tmp_path: Path, monkey
         out.close()
 
 
-def run(script: str, terminal: Terminal | None = None, *, interrupt_at: bytes = b"") -> subprocess.CompletedProcess[str]:
+def run(script: str, terminal: Any = None, *, interrupt_at: str = "") -> subprocess.CompletedProcess[str]:
     """Run a script, with stderr in a terminal; with a Ctrl-C when that shows something."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -354,16 +318,16 @@ def test_nothing_is_imported_when_nothing_is_drawn() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
 
 
-def test_something_is_imported_when_something_is_drawn(terminal: Terminal) -> None:
+def test_something_is_imported_when_something_is_drawn(terminal: Any) -> None:
     pytest.importorskip("tqdm")
     done = run(MODULES.format(sleep_s=0.05), terminal)
     assert done.returncode == 0
     assert done.stdout in ("['rich']\n", "['tqdm']\n")
-    assert b"tasks" in terminal.text
+    assert "tasks" in terminal.text
 
 
 @pytest.mark.parametrize("scheduler", ["processes", "threads", "synchronous"])
-def test_ctrl_c_leaves_the_terminal_whole(terminal: Terminal, scheduler: str) -> None:
+def test_ctrl_c_leaves_the_terminal_whole(terminal: Any, scheduler: str) -> None:
     done = run(
         f"""
 import signal, sys, time
@@ -380,10 +344,10 @@ except KeyboardInterrupt:
     print("interrupted", sa.ones(3).sum().compute())
 """,
         terminal,
-        interrupt_at=b" tasks",
+        interrupt_at=" tasks",
     )
     assert (done.stdout, done.returncode) == ("interrupted 3.0\n", 0)
     shown = terminal.text
-    assert b"Traceback" not in shown
+    assert "Traceback" not in shown
     assert shown.count(CURSOR_OFF) == shown.count(CURSOR_ON)
     assert shown.rfind(CURSOR_ON) >= shown.rfind(CURSOR_OFF)

@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import queue
 import subprocess
 import sys
 import threading
@@ -552,7 +551,7 @@ def test_who_locks_after_a_dead_writer_is_told_once() -> None:
     q.join_thread()
 
 
-def test_a_lock_gives_its_part_and_views_exclude_each_other() -> None:
+def test_a_lock_gives_its_part_and_views_exclude_each_other(in_thread: Any) -> None:
     a = shared.zeros((6, 6), chunks=(3, 3))
     with a.lock((1, 0)) as chunk:
         assert chunk.shape == (3, 3) and np.shares_memory(chunk, a[3:, :3])
@@ -560,11 +559,7 @@ def test_a_lock_gives_its_part_and_views_exclude_each_other() -> None:
         assert not chunk.flags.writeable and np.shares_memory(chunk, a[3:, 3:])
 
     def try_to(lock: Any) -> bool:
-        results: queue.Queue[bool] = queue.Queue()
-        thread = threading.Thread(target=lambda: results.put(lock.acquire(timeout=0.02) and not lock.release()))
-        thread.start()
-        thread.join()
-        return results.get()
+        return bool(in_thread(lambda: lock.acquire(timeout=0.02) and not lock.release()))
 
     with a[:, 0].lock():
         assert not try_to(a.lock((0, 0))) and not try_to(a.lock((1, 0), "r")) and not try_to(a[4:5].lock())
@@ -573,13 +568,13 @@ def test_a_lock_gives_its_part_and_views_exclude_each_other() -> None:
         assert try_to(a.lock((0, 0), "r")) and not try_to(a.lock((0, 0)))
 
 
-def test_who_waits_too_long_is_told_which_array_in_the_numbers_of_the_report() -> None:
+def test_who_waits_too_long_is_told_which_array_in_the_numbers_of_the_report(in_thread: Any) -> None:
     a = shared.zeros((4, 4), chunks=(2, 2))
     with a.lock((1, 1)):
         (held,) = shared.report()["locks"]
-        with ThreadOf(lambda: str(error_of(lambda: a.lock(timeout=0.01).__enter__()))) as told:
-            assert f"cells [0, 4) of shared array {held['array']} to write" in told
-            assert "holds cells [3, 4)" in told
+        told = in_thread(lambda: str(error_of(lambda: a.lock(timeout=0.01).__enter__())))
+        assert f"cells [0, 4) of shared array {held['array']} to write" in told
+        assert "holds cells [3, 4)" in told
 
 
 def error_of(act: Any) -> Exception | None:
@@ -590,37 +585,19 @@ def error_of(act: Any) -> Exception | None:
     return None
 
 
-def test_a_lock_can_be_pickled_and_held_by_hand() -> None:
+def test_a_lock_can_be_pickled_and_held_by_hand(in_thread: Any) -> None:
     a = shared.zeros((4, 4), chunks=(2, 2))
     lock = a.lock((1, 1))
     assert lock.acquire()
     assert lock.acquire(block=False), "the same thread again"
     other = pickle.loads(pickle.dumps(lock))
     other.acquire(block=False)
-    with ThreadOf(lambda: other.acquire(timeout=0.02)) as refused:
-        assert refused is False
+    assert in_thread(lambda: other.acquire(timeout=0.02)) is False
     other.release()
     lock.release()
     lock.release()
     with pytest.raises(RuntimeError, match="does not hold"):
         lock.release()
-
-
-class ThreadOf:
-    """``with ThreadOf(act) as result``: what ``act()`` gave in another thread."""
-
-    def __init__(self, act: Any) -> None:
-        self.act = act
-
-    def __enter__(self) -> Any:
-        results: list[Any] = []
-        thread = threading.Thread(target=lambda: results.append(self.act()))
-        thread.start()
-        thread.join(LONG_S)
-        return results[0]
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 # Numbers.
@@ -759,7 +736,7 @@ def count_under(lock: Any, v: Any, a: Any, n: int) -> None:
         v.add(1)
 
 
-def test_a_lock_of_the_users_own_guards_several(context: Any) -> None:
+def test_a_lock_of_the_users_own_guards_several(context: Any, in_thread: Any) -> None:
     lock = context.RLock()
     v, a = shared.Value("i", lock=lock), shared.Array("i", 3, lock=lock)
     assert v.get_lock() is a.get_lock() is lock
@@ -772,8 +749,8 @@ def test_a_lock_of_the_users_own_guards_several(context: Any) -> None:
 
     assert [process.exitcode for process in processes] == [0, 0]
     assert (v.value, a[:]) == (800, [400, 0, 0])
-    with lock, ThreadOf(lambda: a.acquire(timeout=0.02)) as refused:
-        assert refused is False
+    with lock:
+        assert in_thread(lambda: a.acquire(timeout=0.02)) is False
     with pytest.raises(TypeError, match="True, False or a lock"):
         shared.Array("i", 3, lock=1)
     with pytest.raises(TypeError, match="not a type of numbers"):

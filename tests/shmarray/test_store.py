@@ -498,29 +498,12 @@ def test_a_lock_of_a_name_goes_with_its_holder_and_the_next_is_told_once(store: 
     writer.close()
 
 
-def test_the_lock_of_an_array_is_the_arrays_own(store: shared.Store) -> None:
+def test_the_lock_of_an_array_is_the_arrays_own(store: shared.Store, in_thread: Any) -> None:
     store.update(a=shared.zeros((4, 4), chunks=(2, 2)), v=shared.Value("i"))
-    with store.lock("a") as view, ThreadOf(lambda: store["a"].lock((1, 1)).acquire(timeout=0.02)) as got:
-        assert view.shape == (4, 4) and got is False
-    with store.lock("v"), ThreadOf(lambda: store["v"].acquire(timeout=0.02)) as got:
-        assert got is False
-
-
-class ThreadOf:
-    """``with ThreadOf(act) as result``: what ``act()`` gave in another thread."""
-
-    def __init__(self, act: Any) -> None:
-        self.act = act
-
-    def __enter__(self) -> Any:
-        results: list[Any] = []
-        thread = threading.Thread(target=lambda: results.append(self.act()))
-        thread.start()
-        thread.join(LONG_S)
-        return results[0]
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    with store.lock("a") as view:
+        assert view.shape == (4, 4) and in_thread(lambda: store["a"].lock((1, 1)).acquire(timeout=0.02)) is False
+    with store.lock("v"):
+        assert in_thread(lambda: store["v"].acquire(timeout=0.02)) is False
 
 
 def test_a_forked_child_goes_on_with_a_named_store_and_does_not_end_it() -> None:
@@ -611,7 +594,7 @@ def test_attached_arrays_are_live_lazy_and_read_only() -> None:
         assert mean.compute() == 26
 
 
-def test_a_watcher_takes_no_lock_from_the_simulation() -> None:
+def test_a_watcher_takes_no_lock_from_the_simulation(in_thread: Any) -> None:
     with shared.Store("run", create=True) as store:
         store["x"] = shared.zeros(100)
         run = sa.attach("run")
@@ -619,8 +602,7 @@ def test_a_watcher_takes_no_lock_from_the_simulation() -> None:
         total = x.sum()
         with store.lock("x") as view:
             view.fill(2)
-            with ThreadOf(total.compute) as found:
-                assert found == 200, "while it is locked to be written"
+            assert in_thread(total.compute) == 200, "while it is locked to be written"
         with shared.Store("run") as other:
             assert other["x"].sum() == 200
         run.close()

@@ -6,16 +6,12 @@ The state of the simulations here is the number of the step, everywhere: a cell 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
-import pty
 import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -553,41 +549,17 @@ def test_a_name_that_is_taken_is_refused() -> None:
 # --- progress -------------------------------------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """A pseudo-terminal of 100 columns; ``text`` is what was written to it."""
-
-    def __init__(self) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        os.set_blocking(self.master, False)
-        self.out = os.fdopen(slave, "w")
-        self.data = b""
-
-    @property
-    def text(self) -> str:
-        with contextlib.suppress(OSError):
-            while more := os.read(self.master, 1 << 16):
-                self.data += more
-        return self.data.decode()
-
-    def close(self) -> None:
-        self.out.close()
-        os.close(self.master)
-
-
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+def terminal(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Have meters draw in plain text, at once."""
     for name in ("rich.progress", "tqdm.auto"):
         monkeypatch.setitem(sys.modules, name, None)
-    made = Terminal()
     make = watching.Meter
-    monkeypatch.setattr(watching, "Meter", lambda total, unit: make(total, unit, minimum=0.0, dt=0.01, out=made.out))
-    yield made
-    made.close()
+    monkeypatch.setattr(watching, "Meter", lambda total, unit: make(total, unit, minimum=0.0, dt=0.01, out=terminal.out))
+    return terminal
 
 
-def draw(terminal: Terminal, of: int, **arguments: Any) -> str:
+def draw(terminal: Any, of: int, **arguments: Any) -> str:
     """Run some steps, of which the last waits until something was drawn."""
 
     def look(frame: sa.Frame) -> None:
@@ -600,19 +572,19 @@ def draw(terminal: Terminal, of: int, **arguments: Any) -> str:
     return terminal.text
 
 
-def test_progress_shows_steps_rate_and_memory(terminal: Terminal) -> None:
+def test_progress_shows_steps_rate_and_memory(terminal: Any) -> None:
     text = draw(terminal, 6, steps=6, progress=True)
 
     assert "100% 6/6 steps, " in text and "/s, " in text and "B" in text.rsplit(",", 1)[1]
 
 
-def test_without_a_number_of_steps_progress_has_no_total(terminal: Terminal) -> None:
+def test_without_a_number_of_steps_progress_has_no_total(terminal: Any) -> None:
     text = draw(terminal, 6, until=lambda u: u[0] >= 6, progress=True)
 
     assert "6 steps, " in text and "%" not in text
 
 
-def test_the_configuration_asks_for_it_and_nothing_draws_a_second_bar(terminal: Terminal) -> None:
+def test_the_configuration_asks_for_it_and_nothing_draws_a_second_bar(terminal: Any) -> None:
     with sa.config.set(progress=True, scheduler="processes"):
         text = draw(terminal, 6, steps=6)
 
@@ -620,7 +592,7 @@ def test_the_configuration_asks_for_it_and_nothing_draws_a_second_bar(terminal: 
     assert not sa.config.progress
 
 
-def test_progress_that_is_not_asked_for_draws_nothing(terminal: Terminal) -> None:
+def test_progress_that_is_not_asked_for_draws_nothing(terminal: Any) -> None:
     with sa.config.set(progress=True):
         sa.iterate(lambda u: u + 1, np.zeros(5), steps=3, progress=False)
 
