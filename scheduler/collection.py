@@ -89,16 +89,21 @@ class Collection:
                     return whole
 
     def change(self, decide: Callable[[State], tuple[Sequence[Record], T]]) -> T:
-        """`Journal.change`, under the lock of the table: ``decide`` is quick, and calls nothing of a segment but `taken`."""
+        """`Journal.change`, under the lock of the table: ``decide`` is quick, and calls nothing of a segment but `taken` and `there`."""
         with self._mutex:
             self._journal.refresh()  # the most of it before others have to wait
             return self.segment._locked(lambda: self._journal.change(decide))
 
     def taken(self, state: State, position: int) -> tuple[Record, list[Lease]]:
         """Return a record, and leases of its objects, within ``decide``: for what is about to be taken out."""
+        found = self.there(state, position)
+        return found, [self.segment.take_inside(*obj) for obj in found.objects]
+
+    def there(self, state: State, position: int) -> Record:
+        """Return a record, within ``decide``: for what stays in, elsewhere."""
         found = self._journal.record(state, position)
         assert found is not None, "under the lock nobody else makes a new block"
-        return found, [self.segment.take_inside(*obj) for obj in found.objects]
+        return found
 
     def leases(self, record: Record) -> list[Lease] | None:
         """Return leases of the objects of a record; None when it was taken out meanwhile, and they were freed."""

@@ -15,10 +15,12 @@ import contextlib
 import json
 import operator
 import os
+import sys
 import time
 import weakref
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence, ValuesView
-from typing import Any
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence, ValuesView
+from dataclasses import replace
+from typing import Any, Self, SupportsIndex, TypeVar
 
 from scheduler import rendezvous
 from scheduler.collection import Collection
@@ -38,6 +40,7 @@ LOCKS_NAME = ""  # under which the array of their cells is kept
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.0001, 0.005
 LOOK_FOR_USERS_S = 0.25
 _MISSING = object()
+T = TypeVar("T")
 
 
 class List(MutableSequence[Any]):
@@ -45,7 +48,8 @@ class List(MutableSequence[Any]):
 
     What `multiprocessing.Manager().list()` is, without its process. Items are values: changing one that was got changes the list only when
     it is a shared array, or when it is set again. Each call is one step for all processes: `append` of several at once lose nothing, and of
-    a process that is killed in it the item is there whole, or not.
+    a process that is killed in it the item is there whole, or not. `sort` and `remove` look at the items before they change the list, and
+    begin again when another process has changed it meanwhile. ``+``, ``*`` and `copy` give ordinary lists, as those of a manager's do.
 
     >>> from shmarray import shared
     >>> log = shared.List(["begin"])
@@ -98,6 +102,26 @@ class List(MutableSequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the items that are there now."""
         return iter(self[:])
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(self[::-1])
+
+    def copy(self) -> list[Any]:
+        """Return the items that are there now, as an ordinary list."""
+        values: list[Any] = self[:]
+        return values
+
+    def index(self, value: Any, start: int = 0, stop: int = sys.maxsize) -> int:
+        """Return the place of the first such item of those that are there now. Raises ValueError when there is none."""
+        return self.copy().index(value, start, stop)
+
+    def __add__(self, other: Any) -> list[Any]:
+        return [*self, *other] if isinstance(other, (list, List)) else NotImplemented
+
+    def __mul__(self, times: SupportsIndex) -> list[Any]:
+        return self.copy() * times
+
+    __rmul__ = __mul__
 
     def _pack(self, values: Iterable[Any]) -> list[Item]:
         return [pack(value, self._collection.segment) for value in values]
@@ -161,6 +185,50 @@ class List(MutableSequence[Any]):
     def clear(self) -> None:
         """Take all items out."""
         self._collection.change(lambda state: ([Record(CLEAR)] if state.items else [], None))
+
+    def __imul__(self, times: SupportsIndex) -> Self:
+        more = operator.index(times) - 1
+        if more < 0:
+            self.clear()
+        else:
+            self._collection.change(lambda state: (self._again(state, [*state.items] * more), None))
+        return self
+
+    def reverse(self) -> None:
+        """Turn the order of the items round; writes the list again."""
+        self._collection.change(lambda state: ([Record(CLEAR), *self._again(state, state.items[::-1])], None))
+
+    def remove(self, value: Any) -> None:
+        """Take the first such item out. Raises ValueError when there is none."""
+        self._look_and_change(lambda values: values.index(value), lambda _, place: [Record(DELETE_AT, argument=place)])
+
+    def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
+        """Bring the items into order, equal ones in the order that they had; writes the list again. ``key`` is called in this process."""
+
+        def order(values: list[Any]) -> list[int]:
+            keys = values if key is None else [key(value) for value in values]
+            return sorted(range(len(values)), key=keys.__getitem__, reverse=reverse)
+
+        self._look_and_change(order, lambda state, places: [Record(CLEAR), *self._again(state, [state.items[place] for place in places])])
+
+    def _again(self, state: State, positions: Iterable[int]) -> list[Record]:
+        """Return records that append, once more, what is at some positions."""
+        return [replace(self._collection.there(state, position), op=APPEND, argument=0) for position in positions]
+
+    def _look_and_change(self, look: Callable[[list[Any]], T], change: Callable[[State, T], list[Record]]) -> None:
+        """Publish ``change(state, look(values))`` in one step, if nobody has changed the list since; else begin again.
+
+        ``look`` is the user's code, for one that compares items: under the lock of the table it has no place.
+        """
+        done = False
+        while not done:
+            tail = self._collection.tail  # before the values: what changes after this is noticed
+            found = look(self[:])
+
+            def decide(state: State, tail: int = tail, found: T = found) -> tuple[list[Record], bool]:
+                return (change(state, found), True) if self._collection.tail == tail else ([], False)
+
+            done = self._collection.change(decide)
 
     def __eq__(self, other: object) -> bool:
         return self[:] == (other[:] if isinstance(other, List) else other) if isinstance(other, (list, List)) else NotImplemented

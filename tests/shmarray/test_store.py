@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import multiprocessing
+import multiprocessing.managers
 import os
 import pickle
 import signal
@@ -326,8 +326,10 @@ def test_it_is_a_list(store: shared.Store) -> None:
         lambda x, i, v: x.reverse(), lambda x, i, v: x.__setitem__(slice(None, None, 2), [v] * 3),
         lambda x, i, v: x.__delitem__(slice(None)), lambda x, i, v: x.clear(), lambda x, i, v: x.insert(-100, v),
         lambda x, i, v: x.__setitem__(slice(5, 2), [v]), lambda x, i, v: x[i], lambda x, i, v: x.index(v % 5),
+        lambda x, i, v: x.sort(key=lambda n: n % 4, reverse=v % 2 == 0), lambda x, i, v: x.__imul__(i % 3 if len(x) < 40 else 0) is x,
+        lambda x, i, v: [x + [v], x * 2, 2 * x, x.copy(), list(reversed(x)), x.index(v % 5, i), x.count(v)],
     ]  # fmt: skip
-    weights = np.array([6, 6, 4, 2, 2, 3, 2, 1, 1, 0.4, 0.3, 1, 0.1, 0.1, 1, 1, 1, 1])
+    weights = np.array([6, 6, 4, 2, 2, 3, 2, 1, 1, 0.4, 0.3, 1, 0.1, 0.1, 1, 1, 1, 1, 1, 0.3, 1])
     for _ in range(600):
         act = acts[rng.choice(len(acts), p=weights / weights.sum())]
         i, v = int(rng.integers(-12, 12)), int(rng.integers(0, 20))
@@ -341,6 +343,56 @@ def test_it_is_a_list(store: shared.Store) -> None:
         assert ours == theirs and len(ours) == len(theirs)
     assert theirs[1:5] == ours[1:5] and theirs[::-1] == ours[::-1] and list(ours) == theirs and (3 in ours) == (3 in theirs)
     assert repr(ours).startswith(("shared.List([", "<shared.List of"))
+
+
+def test_it_has_every_method_that_the_list_of_a_manager_has() -> None:
+    exposed = set(dir(multiprocessing.managers.ListProxy)) & set(dir(list))
+
+    assert {"sort", "__mul__", "__iadd__"} <= exposed
+    assert exposed <= set(dir(shared.List))
+
+
+@pytest.mark.parametrize("act, left", [(lambda x, key: x.sort(key=key), [0, 1, 2, 3]), (lambda x, key: x.remove(Like(3, key)), [1, 2, 0])])
+def test_what_looks_before_it_changes_begins_again_after_another_change(act: Any, left: list[int]) -> None:
+    ours, other = shared.List([3, 1, 2]), []
+
+    def key(value: int) -> int:
+        if not other:
+            other.append(True)
+            ours.append(0)
+            ours.insert(0, ours.pop(1))
+        return value
+
+    act(ours, key)
+
+    assert ours[:] == left
+
+
+class Like:
+    """What is equal to ``value``, and calls ``key`` to find out."""
+
+    def __init__(self, value: int, key: Any) -> None:
+        self.value = value
+        self.key = key
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.key(other) == self.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_arrays_stay_the_memory_they_are_when_their_order_changes() -> None:
+    ours = shared.List([shared.full(10, float(n)) for n in (3, 1, 2)])
+    first = ours[0]
+    arrays = shared.report()["arrays"]
+    ours.sort(key=lambda a: a[0])
+    ours.reverse()
+    ours *= 2
+    first[:] = 9
+
+    assert [a[0] for a in ours] == [9, 2, 1] * 2
+    assert shared.report()["arrays"] <= arrays + 1, "none was copied; the journal may have grown"
+    ours._collection.check()
 
 
 def test_appending_does_not_write_the_list_again(store: shared.Store, monkeypatch: pytest.MonkeyPatch) -> None:
