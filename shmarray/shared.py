@@ -16,6 +16,7 @@ import ctypes
 import json
 import math
 import os
+import reprlib
 import threading
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, TypeVar
@@ -71,6 +72,7 @@ def array(obj_or_shape: Any, dtype: Any = None, chunks: Any = None) -> SharedArr
     """Return a shared array: of a shape (an int or a tuple of ints) zeros, of anything else a copy of its values.
 
     ``dtype``: float64 for a shape, else that of the values. ``chunks``, as in `normalize_chunks`: the boxes that can be locked apart.
+    Raises TypeError for what NumPy makes objects or text of, unless that is what the dtype, or an array, says: ``dtype="U8"``.
 
     >>> from shmarray import shared
     >>> shared.array([[1, 2], [3, 4]]).sum()
@@ -83,7 +85,7 @@ def array(obj_or_shape: Any, dtype: Any = None, chunks: Any = None) -> SharedArr
             made: SharedArray = obj_or_shape.rechunk(chunks).shared() if chunks is not None else obj_or_shape.shared()  # type: ignore[attr-defined]  # every Handle is an Array
             return made
         obj_or_shape = np.asarray(obj_or_shape)
-    values = np.asarray(obj_or_shape, dtype=dtype)
+    values = _values("array", obj_or_shape, dtype)
     made = allocate(values.shape, values.dtype, chunks)
     fill(made, values)
     return made
@@ -91,7 +93,7 @@ def array(obj_or_shape: Any, dtype: Any = None, chunks: Any = None) -> SharedArr
 
 def copy(source: Any, chunks: Any = None) -> SharedArray:
     """Return a shared copy of an array; of a shared one with its chunks."""
-    values = np.asarray(source)
+    values = _values("copy", source)
     if chunks is None and isinstance(source, SharedArray) and (lease := lease_of(source)) is not None:
         form = form_of(lease)
         chunks = form.chunks if form.shape == values.shape else None
@@ -116,9 +118,23 @@ def zeros(shape: Any, dtype: Any = None, chunks: Any = None) -> SharedArray:
 
 def full(shape: Any, value: Any, dtype: Any = None, chunks: Any = None) -> SharedArray:
     """Return a shared array filled with ``value``, which broadcasts; ``dtype``: that of the value."""
-    made = allocate(_sizes(shape), np.asarray(value).dtype if dtype is None else dtype, chunks)
+    made = allocate(_sizes(shape), _values("full", value).dtype if dtype is None else dtype, chunks)
     made[...] = value
     return made
+
+
+def _values(function: str, given: Any, dtype: Any = None) -> NDArray:
+    """Return what NumPy makes of values. Raises TypeError when these are objects or text, and nobody said that they should be."""
+    values = np.asarray(given, dtype=dtype)
+    is_said = dtype is not None or (hasattr(given, "dtype") and not isinstance(given, (str, bytes)))
+    if values.dtype.kind in "OSU" and not is_said:
+        shape = "a shape (an int or a tuple of ints), or " if function == "array" else ""
+        raise TypeError(
+            f"shared.{function}() takes {shape}values that NumPy makes an array of numbers, bools, dates or structures of; got "
+            f"{reprlib.repr(given)} ({type(given).__name__}), of which it makes {'objects' if values.dtype.kind == 'O' else 'text'}. Text "
+            f"takes a dtype, such as 'U8'; Python objects go into a shared.Store or shared.List."
+        )
+    return values
 
 
 def _is_shape(value: Any) -> bool:

@@ -433,11 +433,36 @@ def test_zeros_are_zeros_where_others_have_written() -> None:
         (lambda: shared.zeros(9)[[1]].lock(), AttributeError, "lock"),
         (lambda: shared.zeros(3).copy().chunks, AttributeError, "chunks"),
         (lambda: shared.zeros((), [("a", "O")]), TypeError, "Python objects"),
+        (lambda: shared.array("abc"), TypeError, r"array\(\) takes a shape .* got 'abc' \(str\), of which it makes text"),
+        (lambda: shared.array(np.str_("abc")), TypeError, "of which it makes text"),
+        (lambda: shared.array([b"a", b"b"]), TypeError, r"\(list\), of which it makes text"),
+        (lambda: shared.array(None), TypeError, r"None \(NoneType\), of which it makes objects"),
+        (lambda: shared.array({"a": 1}), TypeError, r"\{'a': 1\} \(dict\), of which it makes objects"),
+        (lambda: shared.array(n for n in range(3)), TypeError, r"\(generator\), of which it makes objects"),
+        (lambda: shared.array([1, None]), TypeError, "of which it makes objects"),
+        (lambda: shared.array(np.array([1, None])), TypeError, "dtype object: Python objects"),
+        (lambda: shared.copy("abc"), TypeError, r"copy\(\) takes values that"),
+        (lambda: shared.full(3, "abc"), TypeError, r"full\(\) takes values"),
     ],
 )
 def test_mistakes_are_told(make: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    "given, dtype",
+    [
+        (["ab", "c"], "U2"), (np.array(["ab", "c"]), None), (np.bytes_(b"ab"), "S2"), (np.array([b"ab"]), None), ([True, False], None),
+        ([1j], None), (np.datetime64("2026-01-01"), None), ([1.5, 2], None), (2.5, None), (True, None),
+        (np.array([(1, 2.0)], [("a", "i4"), ("b", "f8")]), None),
+    ],
+)  # fmt: skip
+def test_values_of_a_fixed_size_are_taken_and_text_where_it_is_meant(given: Any, dtype: Any) -> None:
+    made, expected = shared.array(given, dtype), np.asarray(given, dtype)
+
+    assert made.dtype == expected.dtype and made.shape == expected.shape and (made == expected).all()
+    assert shared.copy(np.asarray(given, dtype)).tobytes() == expected.tobytes()
 
 
 # Lazy arrays over it.
