@@ -37,6 +37,8 @@ GRIDS = {  # constant -> a value so small that arrays of a few hundred items are
 }
 PRODUCTS = {"EDGE_ITEMS": 4, "SPLIT_ITEMS": 8}
 LONG_S = 90.0
+# Prefixes in /dev/shm that are never ours: of multiprocessing, joblib and others, which other programs use meanwhile.
+FOREIGN = ("sem.mp-", "sem.loky", "loky-", "joblib_memmapping", "psm_", "pym-", "torch_", "lttng", "PostgreSQL")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -139,6 +141,18 @@ def _in_thread(act: Callable[[], Any]) -> Any:
 def in_thread() -> Callable[[Callable[[], Any]], Any]:
     """``in_thread(act)`` gives what ``act()`` gave in another thread."""
     return _in_thread
+
+
+def _shm_entries() -> set[str]:
+    with contextlib.suppress(OSError):
+        return {name for name in os.listdir("/dev/shm") if not name.startswith(FOREIGN)}
+    return set()
+
+
+@pytest.fixture(scope="session")
+def shm_entries() -> Callable[[], set[str]]:
+    """``shm_entries()`` gives what is in /dev/shm and may be ours."""
+    return _shm_entries
 
 
 class Terminal:

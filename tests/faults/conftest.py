@@ -37,8 +37,6 @@ from scheduler.extents import Extents
 ROOT = str(Path(scheduler.__file__).parent.parent)
 LIMIT_S = 90  # of a script: far beyond what any needs
 SETTLE_S = 10  # for the kernel, and threads that are ending, to take back what was let go
-# Prefixes in /dev/shm that are never ours: of multiprocessing, joblib and others.
-FOREIGN = ("sem.mp-", "sem.loky", "loky-", "joblib_memmapping", "psm_", "pym-", "torch_", "lttng", "PostgreSQL")
 MARK = "SHMARRAY_TEST_MARK"
 EMPTY: Mapping[int, int] = {}
 SOAK_MINUTES = float(os.environ.get("SHMARRAY_SOAK_MINUTES", "0"))
@@ -112,7 +110,14 @@ class Script:
     must be found, not waited for. ``limits``, by name, as of the resource module: set before anything is imported."""
 
     def __init__(
-        self, directory: Path, body: str, *flags: str, limit_s: float = LIMIT_S, limits: Mapping[str, int] = EMPTY, **environment: str
+        self,
+        directory: Path,
+        shm_entries: Callable[[], set[str]],
+        body: str,
+        *flags: str,
+        limit_s: float = LIMIT_S,
+        limits: Mapping[str, int] = EMPTY,
+        **environment: str,
     ) -> None:
         self.limit_s = limit_s
         self.directory = directory / f"run-{uuid.uuid4().hex[:8]}"
@@ -121,7 +126,8 @@ class Script:
         path = self.directory / "script.py"
         path.write_text(PROLOGUE.format(root=ROOT, limit_s=limit_s, settle_s=SETTLE_S, limits=dict(limits)) + textwrap.dedent(body))
         self.mark = uuid.uuid4().hex
-        self.shm = _shm()
+        self.shm_entries = shm_entries
+        self.shm = shm_entries()
         with open(self.directory / "out", "w") as out, open(self.directory / "err", "w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, *flags, str(path)],
@@ -191,13 +197,8 @@ class Script:
         wait_until(lambda: not self.processes(), f"the end of {self.processes()}", SETTLE_S)
         left = [str(p) for p in self.temporary.rglob("*")]
         assert not left, f"temporary files were left: {left}"
-        assert not _shm() - self.shm, f"left in /dev/shm: {_shm() - self.shm}"
-
-
-def _shm() -> set[str]:
-    with contextlib.suppress(OSError):
-        return {name for name in os.listdir("/dev/shm") if not name.startswith(FOREIGN)}
-    return set()
+        left_in_shm = self.shm_entries() - self.shm
+        assert not left_in_shm, f"left in /dev/shm: {left_in_shm}"
 
 
 def _pause(seconds: float) -> None:
@@ -214,17 +215,17 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 20)
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., Script]:
+def start(tmp_path: Path, shm_entries: Callable[[], set[str]]) -> Callable[..., Script]:
     """``start(body, *flags, limit_s=, **environment)`` starts a script and returns it running."""
-    return lambda body, *flags, **more: Script(tmp_path, body, *flags, **more)
+    return lambda body, *flags, **more: Script(tmp_path, shm_entries, body, *flags, **more)
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Callable[..., Outcome]:
+def script(tmp_path: Path, shm_entries: Callable[[], set[str]]) -> Callable[..., Outcome]:
     """``script(body, *flags, ...)`` runs a script to its end; it must exit with 0 and, unless ``is_silent=False``, in silence."""
 
     def run(body: str, *flags: str, returncode: int = 0, continue_stopped: bool = False, is_silent: bool = True, **more: Any) -> Outcome:
-        outcome = Script(tmp_path, body, *flags, **more).end(continue_stopped=continue_stopped)
+        outcome = Script(tmp_path, shm_entries, body, *flags, **more).end(continue_stopped=continue_stopped)
         told = outcome.stderr if is_silent else ""
         assert (outcome.returncode, told) == (returncode, ""), outcome.stdout[-2000:] + outcome.stderr[-2000:]
         return outcome
@@ -282,9 +283,9 @@ def arena_nbytes() -> dict[Extents, int]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(shm_entries: Callable[[], set[str]]) -> Iterator[None]:
     """Compare this process with itself before; no fault may stay armed."""
-    before, shm, nbytes = held(), _shm(), arena_nbytes()
+    before, shm, nbytes = held(), shm_entries(), arena_nbytes()
     yield
     faults.arm(None, who="driver")
     try:
@@ -293,6 +294,6 @@ def nothing_is_left() -> Iterator[None]:
         raise AssertionError(f"left behind: {dict(held() - before)}") from error
     more = {extents: live - nbytes.get(extents, 0) for extents, live in arena_nbytes().items()}
     assert not [each for each in more.values() if each > 0], f"bytes of arenas that are still live: {more}"
-    assert not _shm() - shm, f"left in /dev/shm: {_shm() - shm}"
+    assert not shm_entries() - shm, f"left in /dev/shm: {shm_entries() - shm}"
     for loop in list(scheduler_pool._loops):
         assert loop._is_closing or not loop.tickets, f"plans that still run: {list(loop.tickets)}"

@@ -585,8 +585,8 @@ def test_nothing_of_multiprocessing_is_started() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(float(CHAOS_S) + 110)
-def test_nothing_is_torn_lost_or_left_whoever_is_killed() -> None:
-    before = set(os.listdir("/dev/shm"))
+def test_nothing_is_torn_lost_or_left_whoever_is_killed(shm_entries: Callable[[], set[str]]) -> None:
+    before = shm_entries()
     environment = {name: value for name, value in os.environ.items() if name != shared.ROOT}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
 
@@ -602,4 +602,4 @@ def test_nothing_is_torn_lost_or_left_whoever_is_killed() -> None:
     found = json.loads(done.stdout)
     assert found["violations"] == found["left"] == found["resident"] == 0
     assert found["kills"] > 10 and found["received"] > 10, "it did something"
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shm_entries() <= before

@@ -84,14 +84,14 @@ run["u"].compute()
 
 
 @pytest.fixture(autouse=True)
-def names_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def names_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shm_entries: Any) -> Iterator[None]:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(rendezvous, "LOGINS", str(tmp_path / "logins"))
     monkeypatch.setattr(rendezvous, "TEMPORARY", str(tmp_path))
-    before = set(os.listdir("/dev/shm"))
+    before = shm_entries()
     yield
     assert shared.report()["stores"] == []
-    assert set(os.listdir("/dev/shm")) - before == set() or all("shmarray" not in name for name in set(os.listdir("/dev/shm")) - before)
+    assert shm_entries() <= before
 
 
 @contextlib.contextmanager
