@@ -188,6 +188,7 @@ def test_a_dead_name_is_swept_and_taken_under_the_lock_of_the_directory(director
         (HEAD.pack(MAGIC, 99, 0, os.getpid()), "speaks version 99 of the protocol"),
         (HEAD.pack(MAGIC, VERSION, 0, 1), "is process 1 to itself and .* another PID namespace"),
     ],
+    ids=["nothing", "too little", "another protocol", "too long", "another version", "another process"],
 )
 def test_an_answer_that_is_none_is_an_error(directory: Path, answer: bytes, text: str) -> None:
     with strange_server(directory, answer), pytest.raises(SharedMemoryError, match=text):

@@ -109,7 +109,7 @@ def test_indices_under_every_executor(kind: str, executor: str) -> None:
         [0, 99],
         np.zeros((2, 2), bool),
         (None, 8),
-        object(),
+        object,
     ],
     ids=repr,
 )
