@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib.util
@@ -418,32 +419,48 @@ LINES: dict[str, Picking] = {
 }
 
 
-CASES = [
-    *(("f8", name) for name in (*PICKED, *LINES)),
-    *(("i2", name) for name in ("columns", "take of the flattened array", "sort", "argsort", "median")),
-]
+Spilled = tuple[sa.Pool, sa.Array, np.ndarray[Any, Any]]
 
 
-@pytest.fixture(scope="module")
-def spilled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[sa.Pool, sa.Array, Any]]:
-    values = (np.random.default_rng(7).random(SHAPE) * 1000).astype(request.param)
-    directory = str(tmp_path_factory.mktemp("spilled"))
-    with sa.Pool(workers=2, memory_limit=values.nbytes // 2, spill_directory=directory) as pool:
+@contextlib.contextmanager
+def spilled(dtype: str, directory: Path) -> Iterator[Spilled]:
+    """A pool, an array that does not fit it, and the values of that."""
+    values = (np.random.default_rng(7).random(SHAPE) * 1000).astype(dtype)
+    with sa.Pool(workers=2, memory_limit=values.nbytes // 2, spill_directory=str(directory)) as pool:
         yield pool, sa.array(values), values
 
 
-@pytest.mark.parametrize(("spilled", "name"), CASES, indirect=["spilled"])
-def test_what_is_picked_sorted_or_compared_with_its_neighbour_needs_memory_for_blocks_alone(
-    spilled: tuple[sa.Pool, sa.Array, Any], name: str
-) -> None:
-    pool, x, values = spilled
-    function = {**PICKED, **LINES}[name]
+# Two, not one with a parameter: where a table of parameters names it, pytest makes one anew for each row.
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spilled]:
+    with spilled("f8", tmp_path_factory.mktemp("floats")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spilled]:
+    with spilled("i2", tmp_path_factory.mktemp("integers")) as made:
+        yield made
+
+
+def assert_needs_memory_for_blocks_alone(made: Spilled, function: Picking) -> None:
+    pool, x, values = made
     assert x._storage is not None and x._storage.is_spilled
     found = function(np, x, np.random.default_rng(1))
     assert isinstance(found, sa.Array)
     same(found, function(np, values, np.random.default_rng(1)))
     assert pool.statistics().peak_nbytes <= values.nbytes // 2
     pool.check()
+
+
+@pytest.mark.parametrize("name", [*PICKED, *LINES])
+def test_what_is_picked_sorted_or_compared_with_its_neighbour_needs_memory_for_blocks_alone(floats: Spilled, name: str) -> None:
+    assert_needs_memory_for_blocks_alone(floats, {**PICKED, **LINES}[name])
+
+
+@pytest.mark.parametrize("name", ["columns", "take of the flattened array", "sort", "argsort", "median"])
+def test_what_is_picked_or_sorted_of_integers_needs_memory_for_blocks_alone(integers: Spilled, name: str) -> None:
+    assert_needs_memory_for_blocks_alone(integers, {**PICKED, **LINES}[name])
 
 
 def test_picked_elements_are_a_copy(small: sa.Pool, values: np.ndarray[Any, Any]) -> None:
