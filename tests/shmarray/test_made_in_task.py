@@ -122,15 +122,29 @@ def test_reductions_have_no_memory_of_the_size_of_their_input(make: Any) -> None
         assert temporaries(reduced) < y.nbytes // 2, reduced
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_thousand_pieces_are_one_layer(executor: str, axis: int) -> None:
-    a = np.arange(64_000.0).reshape((1000, 64) if axis == 0 else (64, 1000))
+def pieces(count: int, axis: int) -> tuple[sa.Array, np.ndarray[Any, Any]]:
+    """Return an array put together of so many, and its values."""
+    a = np.arange(64.0 * count).reshape((count, 64) if axis == 0 else (64, count))
     x = sa.array(a)
-    y = sa.concatenate([x[(slice(None),) * axis + (slice(k, k + 1),)] * 2 + 1 for k in range(1000)], axis)
+    return sa.concatenate([x[(slice(None),) * axis + (slice(k, k + 1),)] * 2 + 1 for k in range(count)], axis), a * 2 + 1
 
-    for reduced, expected in zip(reductions(y), reductions(a * 2 + 1), strict=True):
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_hundred_pieces_are_one_layer(executor: str, axis: int) -> None:
+    y, values = pieces(100, axis)
+
+    for reduced, expected in zip(reductions(y), reductions(values), strict=True):
         assert len(plan(reduced).layers) == 1 and temporaries(reduced) == 0
         np.testing.assert_allclose(reduced.compute(), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_thousand_pieces_are_one_layer(axis: int) -> None:
+    y, values = pieces(1000, axis)
+
+    for reduced, expected in ((y.sum(), values.sum()), (y.std(axis=0), values.std(axis=0))):
+        assert len(plan(reduced).layers) == 1
+        np.testing.assert_allclose(reduced.compute(scheduler="processes"), expected)
 
 
 def test_a_map_of_what_is_made_has_no_temporary_at_all() -> None:
