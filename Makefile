@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 BENCHMARKS := $(filter-out benchmarks/measure.py,$(sort $(wildcard benchmarks/*.py)))
 
 MINUTES ?= 60
+# Every file that has more to do in a soak.
+SOAKED := $(shell grep -rl --include="test_*.py" SOAK_MINUTES tests)
 
 .PHONY: demo test soak bench clean
 
@@ -33,7 +35,7 @@ test: $(VENV)/.test-installed $(VENV)/.demo-installed
 
 # Prints the first seed; SHMARRAY_SOAK_SEED=... repeats from there.
 soak: $(VENV)/.test-installed
-	SHMARRAY_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/faults/test_points.py tests/faults/test_add_at.py tests/faults/test_chaos.py
+	SHMARRAY_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s $(SOAKED)
 
 bench: $(VENV)/.bench-installed
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; echo; done

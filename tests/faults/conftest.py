@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 import pytest
+from soak import SOAK_MINUTES as SOAK_MINUTES
 
 import scheduler
 from scheduler import extents as scheduler_extents
@@ -39,7 +40,6 @@ LIMIT_S = 90  # of a script: far beyond what any needs
 SETTLE_S = 10  # for the kernel, and threads that are ending, to take back what was let go
 MARK = "SHMARRAY_TEST_MARK"
 EMPTY: Mapping[int, int] = {}
-SOAK_MINUTES = float(os.environ.get("SHMARRAY_SOAK_MINUTES", "0"))
 
 # What stands in front of every script: stacks when it hangs, Ctrl-C also where a shell ignores it, and `check_nothing_left`.
 PROLOGUE = """

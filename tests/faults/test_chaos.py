@@ -24,7 +24,8 @@ from conftest import SOAK_MINUTES
 import shmarray as sa
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a worker would find another conftest
-CHAOS_S = 60 * SOAK_MINUTES or 30.0
+CHAOS_S = 60 * SOAK_MINUTES or 8.0
+LEAST_PROGRAMS, LEAST_KILLS = 3, 8  # also where the machine has other things to do
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * CHAOS_S + 240)]
 
 DTYPES = ("f8", "f4", "i8", "i2", "c16")
@@ -194,7 +195,7 @@ def test_random_programs_give_the_same_bits_whatever_dies(pools: dict[int, sa.Po
     until = time.monotonic() + CHAOS_S
     programs = kills = 0
     seed = first
-    while time.monotonic() < until or programs < 2:  # two also where the machine has other things to do
+    while time.monotonic() < until or programs < LEAST_PROGRAMS or kills < LEAST_KILLS:
         program = Program(seed)
         engine = engines[seed % len(engines)]
         try:
@@ -217,4 +218,3 @@ def test_random_programs_give_the_same_bits_whatever_dies(pools: dict[int, sa.Po
         programs += 1
         seed += 1
     print(f"{programs} programs, {kills} kills, seeds {first} to {seed - 1}")
-    assert kills >= 5

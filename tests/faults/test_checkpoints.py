@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Outcome, Script, wait_until
+from conftest import SOAK_MINUTES, Outcome, Script, wait_until
 
 import shmarray as sa
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+POINTS = ("task", "ran", "reply", "replied", "bind")
+PASSAGES = (3, 6, 15)  # all of them in a soak; else each point has one, and each number its turn
 
 SAVING = """
 sa.config.set(workers=2)
@@ -54,7 +56,7 @@ def _kill_at_random(start: Callable[..., Script], directory: Path) -> None:
     step = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none is torn
-        for _ in range(8):
+        for _ in range(60 if SOAK_MINUTES else 4):
             running = start(SAVING.format(directory=str(directory)))
             running.wait_for(f"saved {step + 1}\n")
             looks = generator.randrange(300)
@@ -72,12 +74,13 @@ def _names(directory: Path) -> list[str]:
     return os.listdir(directory)
 
 
-@pytest.mark.parametrize("point", ["task", "ran", "reply", "replied", "bind"])
+@pytest.mark.parametrize("point", POINTS)
 def test_a_worker_killed_while_it_writes_or_reads(script: Callable[..., Outcome], point: str) -> None:
+    passages = PASSAGES if SOAK_MINUTES else PASSAGES[POINTS.index(point) % 3 :][:1]
     out = script(
         """
         sa.config.set(scheduler="processes")
-        for nth in (3, 6, 15):
+        for nth in map(int, os.environ["PASSAGES"].split()):
             directory, count = f"there-{nth}", os.path.abspath(f"count-{nth}")
             os.environ["SHMARRAY_FAULT"] = f"worker.{os.environ['POINT']}:{nth}:kill"
             os.environ["SHMARRAY_FAULT_COUNT"] = count
@@ -92,8 +95,9 @@ def test_a_worker_killed_while_it_writes_or_reads(script: Callable[..., Outcome]
             print(*sorted(os.listdir(directory)))
         """,
         POINT=point,
+        PASSAGES=" ".join(map(str, passages)),
     )
-    assert out.lines == ["step-000000000002 step-000000000003"] * 3
+    assert out.lines == ["step-000000000002 step-000000000003"] * len(passages)
 
 
 def test_ctrl_c_leaves_what_was_there(start: Callable[..., Script], tmp_path: Path) -> None:

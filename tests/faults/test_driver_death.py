@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from conftest import SETTLE_S, Script, wait_until
+from conftest import SETTLE_S, SOAK_MINUTES, Script, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -78,7 +78,10 @@ def memory_files(pids: list[int]) -> list[str]:
 def test_workers_and_memory_go_when_the_driver_is_gone(
     start: Callable[..., Script], state: str, record_property: Callable[[str, object], None]
 ) -> None:
-    scripts = {end: begun(start, state, end) for end in ENDS}
+    # Each state sees SIGKILL and one of the other ends, each of which has its turn; all of them in a soak.
+    kill, *others = ENDS
+    ends = ENDS if SOAK_MINUTES else (kill, others[list(STATES).index(state) % len(others)])
+    scripts = {end: begun(start, state, end) for end in ends}
     try:
         for end, running in scripts.items():
             running.wait_for("workers")

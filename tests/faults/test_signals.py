@@ -78,7 +78,9 @@ with sa.config.set(scheduler="processes"), sa.Pool(workers=2) as pool:
     for _ in range(3):
         operation(pool)
     usual = (time.monotonic() - began) / 3
-    for number in range(20):
+    number = 0
+    while number < 8 or hits < 4:
+        number += 1
         presser = Presser({times}, rng.random() * usual)
         try:
             try:
@@ -100,7 +102,7 @@ with sa.config.set(scheduler="processes"), sa.Pool(workers=2) as pool:
     wait_until(lambda: pool._reserved_nbytes() == 0, "the end of what was interrupted")
     pool.check()
 del pool
-print(hits > 3, round(max(latencies), 3))
+print(round(max(latencies), 3))
 check_nothing_left()
 """
 
@@ -109,8 +111,7 @@ check_nothing_left()
 @pytest.mark.parametrize("operation", ["compute", "persist", "update", "pipeline", "stream"])
 def test_ctrl_c_at_random_moments_of_what_a_user_does(script: Callable[..., Outcome], operation: str, times: int) -> None:
     out = script(CTRL_C.format(operation=operation, times=times, seed=len(operation) + times))
-    enough, latest_s = out.lines[-1].split()
-    assert enough == "True"
+    latest_s = out.lines[-1]
     assert float(latest_s) < 5  # one second is the promise; the rest is for a machine that does something else
     print(f"Ctrl-C {times} x in {operation}: KeyboardInterrupt after {latest_s} s at most")
 

@@ -309,7 +309,7 @@ def test_a_plan_survives_kills_of_any_worker_at_any_time() -> None:
 
     def killer() -> None:
         nonlocal kills
-        until = time.monotonic() + 4
+        until = time.monotonic() + 2
         while time.monotonic() < until and not select.select([read], [], [], 0.05)[0]:
             for pid in choose.sample(made.statistics().pids, len(made.statistics().pids))[:1]:
                 with contextlib.suppress(ProcessLookupError):

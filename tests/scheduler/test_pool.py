@@ -24,6 +24,7 @@ import cloudpickle
 import numpy as np
 import psutil
 import pytest
+from soak import SOAK_MINUTES
 
 import scheduler
 from scheduler import pool as scheduler_pool
@@ -491,7 +492,9 @@ CTRL_C_ANYWHERE = """
     armed = False
     signal.signal(signal.SIGALRM, press)
     hits = 0
-    for _ in range(1200):
+    tries = 0
+    while tries < {tries} or hits < 25:
+        tries += 1
         try:
             armed = True
             signal.setitimer(signal.ITIMER_REAL, max(2e-6, random.random() * usual))
@@ -511,7 +514,7 @@ CTRL_C_ANYWHERE = """
     thread.start()
     thread.join(30)
     pool.check()
-    print(hits > 100, len(done), pool.locks.statistics().granted, flush=True)
+    print(len(done), pool.locks.statistics().granted, flush=True)
     os._exit(0)
 """
 
@@ -520,8 +523,8 @@ CTRL_C_ANYWHERE = """
     ("executor", "place"), [("synchronous", "worker"), ("processes", "worker"), ("processes", "driver"), ("threads", "worker")]
 )
 def test_ctrl_c_at_any_instant_leaves_nothing_held(tmp_path: Path, executor: str, place: str) -> None:
-    out = script(tmp_path, CTRL_C_ANYWHERE.format(executor=executor, place=place))
-    assert (out.stdout, out.returncode) == ("True 1 0\n", 0), out.stderr
+    out = script(tmp_path, CTRL_C_ANYWHERE.format(executor=executor, place=place, tries=1200 if SOAK_MINUTES else 300))
+    assert (out.stdout, out.returncode) == ("1 0\n", 0), out.stderr
     if executor != "threads":  # `threading` itself says that it ignored one
         assert out.stderr == ""
 

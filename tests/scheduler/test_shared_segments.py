@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from soak import SOAK_MINUTES
 
 from scheduler import shared
 from scheduler.errors import AbandonedLockError, HandleExpired, LockError, SharedMemoryError
@@ -25,7 +26,7 @@ from scheduler.shared import Lease, Segment, family
 pytestmark = pytest.mark.timeout(120)
 
 LONG_S = 60.0  # longer than anything takes; a test that gets there has failed
-CHAOS_S = os.environ.get("SHMARRAY_CHAOS_S", "10")
+CHAOS_S = 6 * SOAK_MINUTES or 4.0
 HERE = Path(__file__).parent
 
 
@@ -584,18 +585,18 @@ def test_nothing_of_multiprocessing_is_started() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(float(CHAOS_S) + 110)
+@pytest.mark.timeout(CHAOS_S + 110)
 def test_nothing_is_torn_lost_or_left_whoever_is_killed(shm_entries: Callable[[], set[str]]) -> None:
     before = shm_entries()
     environment = {name: value for name, value in os.environ.items() if name != shared.ROOT}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
 
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(HERE / "chaos_shared.py"), CHAOS_S, "1"],
+        [sys.executable, "-W", "error", str(HERE / "chaos_shared.py"), str(CHAOS_S), "1"],
         capture_output=True,
         text=True,
         env=environment,
-        timeout=float(CHAOS_S) + 100,
+        timeout=CHAOS_S + 100,
     )
 
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
