@@ -15,7 +15,7 @@ from shmarray.kernels.accumulate import BinFinder
 from shmarray.ops import accumulators
 from shmarray.tiles import accumulation_grid
 
-COMMON = settings(derandomize=True, deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+COMMON = settings(derandomize=True, deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"]
 WEIGHTS = [None, "i1", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
 SHAPES = st.sampled_from([(0,), (1,), (7,), (130,), (), (16, 9), (1, 40), (3, 60), (2, 25, 3), (4, 0)])
@@ -442,7 +442,7 @@ def always_by_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("by_tasks", [False, True])
-@settings(COMMON, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(COMMON, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], max_examples=150)
 @given(
     name=st.sampled_from(UFUNCS),
     shape=st.sampled_from([(1,), (20,), (4, 5), (2, 3, 4)]),

@@ -78,12 +78,12 @@ def test_an_update_is_applied_exactly_once_under_sigkill(name: str, engine: str,
     with sa.config.set(engine=engine), sa.Pool(workers=2) as pool:
         y = sa.array(other)
         expected, x = sa.array(start), sa.array(start)
-        for _ in range(10):
+        for _ in range(5):
             update(expected, y)
         killer = Killer(pool, 11)
-        while killer.killed < 6:
+        while killer.killed < 3:
             x = sa.array(start)
-            for _ in range(10):
+            for _ in range(5):
                 with killer:
                     update(x, y)
             np.testing.assert_array_equal(np.asarray(x), np.asarray(expected))
@@ -129,7 +129,7 @@ class Storm:
 
 @pytest.mark.parametrize("engine", ["numpy", "llvm"])
 def test_updates_get_through_a_storm_of_kills_and_are_applied_exactly_once(engine: str) -> None:
-    """For some seconds no worker lives long: each kill is somebody else's doing, and the updates get on in between."""
+    """For a while no worker lives long: each kill is somebody else's doing, and the updates get on in between."""
     if engine == "llvm":
         pytest.importorskip("llvmlite")
     rng = np.random.default_rng(5)
@@ -137,16 +137,15 @@ def test_updates_get_through_a_storm_of_kills_and_are_applied_exactly_once(engin
     with sa.config.set(engine=engine), sa.Pool(workers=2) as pool:
         x, y, expected = sa.array(start), sa.array(other), start.copy()
         updates = 0
-        until = time.monotonic() + 4
+        until = time.monotonic() + 2
         with Storm(pool, 17) as storm:
-            while time.monotonic() < until:
+            while time.monotonic() < until or not (storm.binding and storm.working):
                 x[...] = x * 0.75 + y
                 updates += 1
         for _ in range(updates):
             expected = expected * 0.75 + other
         np.testing.assert_array_equal(np.asarray(x), expected)
         pool.check()
-    assert storm.binding and storm.working and updates
 
 
 def kernels_of_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -183,13 +182,13 @@ def test_who_holds_the_lock_of_a_chunk_never_sees_it_half_done() -> None:
             reading = reader.submit(look)
             killer = Killer(pool, 3)
             try:
-                for _ in range(40):
+                for _ in range(20):
                     with killer:
                         x += 1
             finally:
                 ended.set()
             reading.result()
-        assert (np.asarray(x) == 40).all()
+        assert (np.asarray(x) == 20).all()
         assert killer.killed and len(set(seen)) > 2
 
 

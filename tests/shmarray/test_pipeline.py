@@ -690,7 +690,7 @@ def test_an_answer_that_dies_with_its_worker_is_made_again(
 @pytest.mark.slow
 def test_workers_killed_at_any_time_lose_no_frame(pool: sa.Pool) -> None:
     rng = random.Random(4)
-    given = frames(150, (100, 100))
+    given = frames(75, (100, 100))
     found: list[NDArray] = []
 
     def work(x: NDArray) -> NDArray:

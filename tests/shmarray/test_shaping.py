@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 import shmarray as sa
 
 EXECUTORS = ("synchronous", "threads", "processes")
-EXAMPLES = {"synchronous": 400, "threads": 60, "processes": 25}
+EXAMPLES = {"synchronous": 200, "threads": 30, "processes": 15}
 
 pytestmark = pytest.mark.usefixtures("pool")
 

@@ -333,7 +333,7 @@ def stencils(draw: Any) -> tuple[Any, np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("engine", ["numpy", "llvm"])
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(pair=stencils(), scheduler=st.sampled_from(["synchronous", "threads"]), data=st.data())
 def test_whatever_is_put_together_agrees_with_numpy(
     engine: str, pair: Any, scheduler: str, data: Any, small_grids: Any, assert_same: Any
