@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 BENCHMARKS := $(filter-out benchmarks/measure.py,$(sort $(wildcard benchmarks/*.py)))
 
 MINUTES ?= 60
+# Two files at a time: a test that waits for processes to start or to die leaves a core to another.
+TESTS := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # Every file that has more to do in a soak.
 SOAKED := $(shell grep -rl --include="test_*.py" SOAK_MINUTES tests)
 
@@ -27,11 +29,11 @@ test: $(VENV)/.test-installed $(VENV)/.demo-installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pip uninstall --quiet --yes llvmlite  # first without what is optional
-	$(BIN)/python -m pytest
+	$(TESTS)
 	$(BIN)/python -m pytest --doctest-modules shmarray --ignore=shmarray/kernels/llvm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[jit]"
-	$(BIN)/python -m pytest tests/shmarray/test_llvm_*.py tests/shmarray/test_explain.py tests/test_docs.py
-	$(BIN)/python -m pytest tests/shmarray/test_exactly_once.py -k llvm
+	$(TESTS) tests/shmarray/test_llvm_*.py tests/shmarray/test_explain.py tests/test_docs.py
+	$(TESTS) tests/shmarray/test_exactly_once.py -k llvm
 
 # Prints the first seed; SHMARRAY_SOAK_SEED=... repeats from there.
 soak: $(VENV)/.test-installed

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import shmarray as sa
+from scheduler.shared import ROOT as FAMILY
 from shmarray import passes, plan, templates, tiles
 from shmarray.ops import linalg
 
@@ -47,6 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(directory.cleanup)
     os.environ["SHMARRAY_CACHE_DIRECTORY"] = directory.name
     sa.config.set(cache_directory=directory.name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Let go of the shared memory that children find in the environment: processes that run tests side by side are no family."""
+    os.environ.pop(FAMILY, None)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +152,10 @@ def in_thread() -> Callable[[Callable[[], Any]], Any]:
 
 def _shm_entries() -> set[str]:
     with contextlib.suppress(OSError):
-        return {name for name in os.listdir("/dev/shm") if not name.startswith(FOREIGN)}
+        names = {name for name in os.listdir("/dev/shm") if not name.startswith(FOREIGN)}
+        if "PYTEST_XDIST_WORKER" in os.environ:  # tests beside this one have semaphores and blocks of multiprocessing there
+            names = {name for name in names if "shmarray" in name}
+        return names
     return set()
 
 
