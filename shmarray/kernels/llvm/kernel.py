@@ -97,8 +97,10 @@ class CompiledKernel:
         is_one_piece = isinstance(self.plain, MapKernel) and self.piece_sizes == self.grid.sizes
         if along is None or along < 0 or grid.slab_axis() != along or not is_one_piece:
             return None
-        if not self.goes_along and self.grid.sizes[along] > 1:
-            return None
+        if grid.sizes[along] > 1 and not any(along in axes for axes in self.loops):
+            return None  # tiles were one item wide so far
+        if any(operand.streams for operand in self.structure.operands):
+            return None  # aligned in the tiles it was made for; and what goes past the caches is not there for the next step
         return replace(self, plain=replace(self.plain, grid=grid), piece_sizes=grid.sizes)
 
     def bind(self, context: Context) -> Callable[[int], None]:
