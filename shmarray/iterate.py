@@ -252,8 +252,8 @@ class _Loop:
         self.looks: list[Expr] = []
         self._trace(step, numbers)
         self.plain = self._planned([])
-        self.wanted = FEWEST if self.plain.thin is None else 2 * DEPTH  # steps at once, for blocks to go deep
         self.looking = self._planned(self.looks) if self.looks else self.plain
+        self.wanted = FEWEST if self.plain.thin is None else 2 * DEPTH  # steps at once, for blocks to go deep
         nodes = list(postorder([*self.new, *self.looks]))
         self.readers = {x: node for node in nodes for x in node.inputs}
         self.inputs = [node for node in nodes if isinstance(node, Stored) and not node.storage.is_role]
@@ -340,6 +340,9 @@ class _Loop:
         step, thin, bindings = build_step([n for n, _ in pairs], [t for _, t in pairs], self.pool)
         numbers = bindings.storages
         stored = {n.storage for n in postorder(roots) if isinstance(n, Stored) and not n.storage.is_role}
+        # What workers copy they would copy for each thin tile by itself: a call of the system each, which takes longer than all else.
+        is_copied = any(isinstance(n, InMemory) for n in postorder(roots)) or any(s.is_spilled or s.pool is not self.pool for s in stored)
+        is_thick = bool(looks) or (is_copied and self.scheduler in (None, "processes"))
         step = replace(step, plan=replace(step.plan, locks=()))
         if self.scheduler in (None, "processes"):
             step = with_pickles(step)
@@ -347,7 +350,7 @@ class _Loop:
             assert not layer.in_place, layer.name
         return _Traced(
             step,
-            None if looks or thin is None else replace(thin, plan=replace(thin.plan, locks=())),
+            None if thin is None or is_thick else replace(thin, plan=replace(thin.plan, locks=())),
             tuple(numbers.get(role.identity) for role in self.roles),
             tuple(numbers.get(role.identity) for role in self.slots),
             tuple(numbers.get(role.identity, -1) for role in places[: len(self.new)]),
@@ -401,6 +404,7 @@ class _Loop:
         self.new, self.looks = list(substitute(self.new, new)), list(substitute(self.looks, new))
         self.plain = self._planned([])
         self.looking = self._planned(self.looks) if self.looks else self.plain
+        self.wanted = FEWEST if self.plain.thin is None else 2 * DEPTH  # steps at once, for blocks to go deep
         self.plans.clear()
 
     # --- buffers -----------------------------------------------------------------------------------------------------------
