@@ -26,14 +26,13 @@ pytest.importorskip("llvmlite", reason="the compiled engine needs llvmlite (extr
 
 from shmarray.kernels.llvm import engine
 
-pytestmark = pytest.mark.timeout(120)
-
 loops = sys.modules["shmarray.iterate"]  # the package's `iterate` is the function
 EXAMPLES = 300 if float(os.environ.get("SHMARRAY_SOAK_MINUTES", "0")) else 4
 SETTINGS = hypothesis.settings(
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 10, suppress_health_check=list(hypothesis.HealthCheck)
 )
 STEPS = 40  # one step alone, which is measured; then as many as are done at once, and some more
+pytestmark = pytest.mark.timeout(120 if EXAMPLES < 10 else 3600)
 
 
 @dataclass
