@@ -6,6 +6,7 @@
 #   make bench   every benchmark, one after the other
 #
 # The virtual environment is made on first use and kept; PYTHON and VENV may be set to other ones.
+# make test PROCESSES=2 runs two files of tests at a time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,8 +14,9 @@ BIN := $(VENV)/bin
 BENCHMARKS := $(filter-out benchmarks/measure.py,$(sort $(wildcard benchmarks/*.py)))
 
 MINUTES ?= 60
-# Two files at a time: a test that waits for processes to start or to die leaves a core to another.
-TESTS := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# How many files of tests run at a time; 0: one after the other, in one process.
+PROCESSES ?= 0
+TESTS = $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 # Every file that has more to do in a soak.
 SOAKED := $(shell grep -rl --include="test_*.py" SOAK_MINUTES tests)
 
