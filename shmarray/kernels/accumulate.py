@@ -136,14 +136,15 @@ class AccumulateKernel:
         everything = tuple([slice(0, n) for n in cells])
         is_split = len(self.out.shape) > len(cells)
         placer = _Placer(cells, room) if tables else _Checker(cells, self.label, from_the_end=self.is_at)
-        is_ready = False
+        read: list[NDArray] | None = None
         quiet = {} if self.is_at else {"over": "ignore", "invalid": "ignore"}
 
         def run(index: int) -> None:
-            nonlocal is_ready
-            if not is_ready:  # not before: edges may be computed by the plan
-                placer.finders = [BinFinder(np.array(t.read() if isinstance(t, Remote) else t)) for t in tables]
-                is_ready = True
+            nonlocal read
+            # Not before: edges may be computed by the plan; and each time, for this is bound once for many steps of a simulation.
+            now = [np.array(t.read() if isinstance(t, Remote) else t) for t in tables]
+            if read is None or not all(map(np.array_equal, read, now)):
+                placer.finders, read = [BinFinder(edges) for edges in now], now
             tile = grid.box(index)
             mine = np.full(cells, start, dtype)
             flat = mine.reshape(-1)

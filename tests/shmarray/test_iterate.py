@@ -520,6 +520,15 @@ def test_elements_are_picked_by_arrays_of_indices(executor: str) -> None:
         sa.iterate(lambda v: v[left + 900], u, steps=1)
 
 
+@pytest.mark.parametrize("steps", [3, 4, 40])
+def test_bins_are_those_of_each_step(executor: str, steps: int) -> None:
+    def step(u: Any, counts: Any) -> Any:
+        return u * 1.25, sa.histogram(u, bins=4)[0]
+
+    _, counts = sa.iterate(step, np.linspace(0, 1, 101), np.zeros(4, np.int64), steps=steps)
+    assert counts.compute().tolist() == [25, 25, 25, 26]
+
+
 @pytest.mark.parametrize("dtype", ["f4", "c8", "i2"])
 def test_python_numbers_take_the_dtype_of_the_state(dtype: str) -> None:
     found = sa.iterate(lambda u, n: u + n, np.ones(3, dtype), steps=4, scalars={"n": lambda k: k})
