@@ -54,7 +54,7 @@ for _module, _private in (
     (shaping, ("getitem", "setitem_node", "view_of")),
     (linalg, ()),
     (padding, ()),
-    (accumulators, ("at",)),
+    (accumulators, ("at", "at_traced")),
     (lines, ()),
 ):
     _FAMILIES |= {name: getattr(_module, name) for name in _module.__all__ if name not in _private}

@@ -23,6 +23,7 @@ from shmarray.explain import Explanation, explain
 from shmarray.expr import Expr, line_of, postorder, user_line
 from shmarray.handle import Handle, as_handle, is_linking, register, value_of, wrap, wrap_stored
 from shmarray.ops import accumulators, blocks, creation, elementwise, linalg, overlap, reductions, shaping
+from shmarray.ops.gather import is_traced
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
 from shmarray.region import broadcast_shape, index_map
@@ -451,6 +452,9 @@ class Array(Handle):
             if x._storage is not None:
                 x._check_writable()
                 return accumulators.at(ufunc, x, *rest)
+            parts = rest[0] if isinstance(rest[0], tuple) else rest[:1]
+            if any(is_traced(p) for p in (x, *parts, *rest[1:])):
+                return accumulators.at_traced(ufunc, x, *rest)
             values = np.array(running.values_of(x))
             ufunc.at(values, *[np.asarray(r) if isinstance(r, Handle) else r for r in rest], **kwargs)
             return x._overwrite(as_handle(values).node)

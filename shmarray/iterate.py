@@ -75,7 +75,8 @@ class _Role(Storage):
             f"computing an array inside a step of iterate(), at {user_line()}: the step is called once, with arrays that have no values "
             f"yet, to find out what it computes. So it cannot branch on values, print them, or turn them into numbers. Use sa.where for "
             f"choices, until= to stop, observe= and callback= to look, scalars= for numbers that vary by step. What is computed at once "
-            f"has no place in it: sort, elements picked by masks, writing into stored arrays but a copy() of them."
+            f"has no place in it: sort, elements picked by masks or from NumPy arrays (sa.take(array, index) picks from these), values "
+            f"assigned to index arrays (sa.add.at adds them), writing into stored arrays but a copy() of them."
         )
 
     def requests(self, layout: Layout, mode: str) -> list[LockRequest]:
@@ -133,7 +134,8 @@ def iterate(
 
     ``step`` takes the arrays of the state, and returns as many, of the same shapes and dtypes; it is called once, with arrays that
     have no values, and what it computes is run for every step: with two sets of buffers, and without a barrier between steps. Slices,
-    `roll`, `pad`, ``v = u.copy(); v[1:-1] = ...``, reductions, masks and other stored arrays may stand in it. Views are of the same memory,
+    `roll`, `pad`, ``v = u.copy(); v[1:-1] = ...``, reductions, masks, other stored arrays, and indices made of the state (``u[i]``,
+    ``add.at(v, i, w)``, ``bincount(i, w, minlength=n)``) may stand in it. Views are of the same memory,
     as in NumPy: ``inner = v[1:-1]; inner[...] = ...`` and ``out=v[1:]`` write ``v``. Random numbers drawn in it
     are new in every step, and depend on the seed and the number of the step alone.
 

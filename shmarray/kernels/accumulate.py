@@ -206,6 +206,15 @@ class _Placer:
         return cells, held
 
 
+def _not_counted(label: str, wrong: Any, n: int) -> str:
+    if wrong < 0:
+        return f"'list' argument must have no negative elements: {label} met {wrong}"
+    return (
+        f"{label} met {wrong}, and its result has length {n}: in a step the length must be known: give minlength, larger than all that is "
+        f"counted (elsewhere it is what the numbers were at the call)"
+    )
+
+
 class _Checker:
     """Numbers of cells from indices along all axes, where there are such cells."""
 
@@ -214,12 +223,14 @@ class _Checker:
         self.shape, self.label, self.from_the_end = shape, label, from_the_end
 
     def place(self, data: list[NDArray]) -> tuple[NDArray, NDArray | None]:
-        """Return the cells. Raises IndexError for an index out of bounds."""
+        """Return the cells. Raises IndexError for an index out of bounds, ValueError for a number that `bincount` has no place for."""
         cells: NDArray | None = None
         for axis, (given, n) in enumerate(zip(data, self.shape, strict=True)):
             low, high = given.min(), given.max()
             if low < (-n if self.from_the_end else 0) or high >= n:
                 wrong = high if high >= n else low
+                if not self.from_the_end:
+                    raise ValueError(_not_counted(self.label, wrong, n))
                 raise IndexError(f"{self.label}: index {wrong} is out of bounds for axis {axis} with size {n}")
             index = given.astype(np.intp, copy=False)
             if low < 0:

@@ -3,7 +3,8 @@
 Promises: counts are NumPy's, bin by bin, for values on edges too; integers are exact; floats are added in an order that follows from
 shapes alone, the same bits for any chunks, workers and executors. Lazy, edges included, but for what decides a shape: the largest
 number that `bincount` counts, and bins that are to be chosen ("auto"), are computed at the call. What NumPy alone knows (long
-doubles, times, booleans as weights) is one call of NumPy on the whole.
+doubles, times, booleans as weights) is one call of NumPy on the whole. In a step of `iterate`, where nothing has values yet, all of it
+is an expression or refused.
 Never put here: how cells are found and added to (`kernels.accumulate`).
 """
 
@@ -19,16 +20,20 @@ import numpy as np
 from shmarray.compute import compute
 from shmarray.expr import Accumulate, Block, BlockOperation, make
 from shmarray.handle import Handle, as_handle, wrap
+from shmarray.ops.creation import arange
 from shmarray.ops.elementwise import apply, cast
+from shmarray.ops.gather import is_traced
 from shmarray.ops.reductions import max as largest
 from shmarray.ops.reductions import min as smallest
 from shmarray.ops.shaping import broadcast_to
 from shmarray.region import Box, broadcast_shape
 
-__all__ = ["at", "bincount", "digitize", "histogram", "histogram2d", "histogram_bin_edges", "histogramdd"]
+__all__ = ["at", "at_traced", "bincount", "digitize", "histogram", "histogram2d", "histogram_bin_edges", "histogramdd"]
 
 NDArray = np.ndarray[Any, Any]
 MANY_INDICES = 1 << 18  # from so many on, `at` is worth several tasks and a pass over the array; fewer are added by this process, at once
+# Ufuncs whose result does not depend on the order of indices, but for the rounding of floats.
+ACCUMULATED = ("add", "subtract", "multiply", "minimum", "maximum", "bitwise_and", "bitwise_or", "bitwise_xor")
 ITEMS_PER_CELL = 4  # and so many of them for each element of the array
 
 
@@ -263,7 +268,8 @@ def bincount(x: Any, /, weights: Any = None, minlength: int = 0) -> Any:
     """Return how often each number from 0 on occurs in ``x``, as an array of shape (max(largest + 1, minlength),) and dtype int64.
 
     ``x``: 1-d, of integers, not negative. Its largest element decides the shape and is computed at the call, in a pass of its own: if ``x``
-    costs more than reading it, `persist` it first. ``weights``: what to add instead of 1; the result is float64 then.
+    costs more than reading it, `persist` it first. ``weights``: what to add instead of 1; the result is float64 then. In a step
+    of `iterate` the length is ``minlength``, and the task that meets a number that has no place there raises ValueError.
 
     Raises ValueError for negative numbers and other shapes, TypeError for dtypes that have no safe cast to int64, as NumPy does.
 
@@ -274,16 +280,20 @@ def bincount(x: Any, /, weights: Any = None, minlength: int = 0) -> Any:
     given = as_handle(x)
     w = None if weights is None else as_handle(weights)
     one = None if w is None else np.ones((1,) * w.ndim, w.dtype)
-    empty = np.bincount(np.zeros((1,) * given.ndim, given.dtype), one, minlength)  # NumPy says what it does not take
+    least = np.bincount(np.zeros((1,) * given.ndim, given.dtype), one, minlength)  # NumPy says what it does not take
     if w is not None and w.shape != given.shape:
         raise ValueError(f"The weights and list don't have the same length: {w.shape[0]} and {given.shape[0]}")
     if not given.size:
         return as_handle(np.bincount(np.empty(0, np.intp), None if w is None else np.empty(0), minlength))
     cells = cast(given, np.intp)
+    if is_traced(given):
+        if not minlength:
+            raise ValueError("bincount(x) of an array that has no values yet: in a step the length must be known: give minlength")
+        return _cells("bincount", least.shape, least.dtype, [cells], (), w)
     low, high = compute(smallest(cells), largest(cells))
     if low < 0:
         raise ValueError(f"'list' argument must have no negative elements: bincount of an array of shape {given.shape} that holds {low}")
-    return _cells("bincount", (max(int(high) + 1, len(empty)),), empty.dtype, [cells], (), w)
+    return _cells("bincount", (max(int(high) + 1, len(least)),), least.dtype, [cells], (), w)
 
 
 def digitize(x: Any, bins: Any, right: bool = False) -> Any:
@@ -332,7 +342,7 @@ def _increments(ufunc: np.ufunc, x: Any, indices: Any, values: tuple[Any, ...]) 
     """Return the ufunc and the array to update ``x`` with, of its shape; None where that does not pay, or is not the same."""
     name = ufunc.__name__
     parts = indices if isinstance(indices, tuple) else (indices,)
-    if name not in ("add", "subtract", "multiply", "minimum", "maximum", "bitwise_and", "bitwise_or", "bitwise_xor"):
+    if name not in ACCUMULATED:
         return None
     if len(values) != 1 or len(parts) != x.ndim or not all(isinstance(p, (Handle, np.ndarray)) and p.dtype.kind in "iu" for p in parts):
         return None
@@ -351,3 +361,53 @@ def _increments(ufunc: np.ufunc, x: Any, indices: Any, values: tuple[Any, ...]) 
     if name == "subtract":
         name, added = "add", apply("negative", added)
     return name, _cells(f"{ufunc.__name__}.at", x.shape, dtype, numbers, (), added, name, is_at=True)
+
+
+def at_traced(ufunc: np.ufunc, x: Any, indices: Any, *values: Any) -> None:
+    """Do ``ufunc.at(x, indices, values)`` in a step of a simulation, where ``x`` is an expression: it becomes ``ufunc(x, increments)``.
+
+    ``indices``: an array of integers or a tuple of them, for the leading axes. Integers are exact; sums of floats are rounded in another
+    order than NumPy's, the same for any workers. Raises TypeError for what only a loop over the indices could do, IndexError where the
+    task meets an index out of bounds.
+    """
+    name = ufunc.__name__
+    if name not in ACCUMULATED or len(values) != 1:
+        raise TypeError(f"{name}.at in a step of iterate(): the result of {', '.join(ACCUMULATED)} alone does not depend on the order")
+    given = [p if isinstance(p, Handle) else np.asarray(p) for p in (indices if isinstance(indices, tuple) else (indices,))]
+    if len(given) > x.ndim or any(p.dtype.kind not in "iu" for p in given):
+        raise TypeError(
+            f"{name}.at in a step of iterate() takes an array of integers, or a tuple of up to {x.ndim} of them, for the leading axes; for "
+            f"slices give a view, {name}.at(x[1:], ...), for masks values that are multiplied with them"
+        )
+    added = as_handle(values[0])
+    parts = [as_handle(p) for p in given]
+    kept = x.shape[len(parts) :]
+    parts = [p[(..., *(None,) * len(kept))] for p in parts] + [arange(n)[(..., *(None,) * (len(kept) - 1 - k))] for k, n in enumerate(kept)]
+    shape = broadcast_shape(*(p.shape for p in parts))
+    if not math.prod(shape):
+        return
+    if not x.size:
+        raise IndexError(f"{name}.at: an array of shape {x.shape} has no element at any index")
+    dtype = ufunc(np.ones(1, x.dtype), np.ones(1, added.dtype)).dtype
+    if not _may_be_cast_last(name, dtype, x.dtype):
+        raise TypeError(
+            f"{name}.at of an array of {x.dtype} with values of {added.dtype} in a step of iterate(): NumPy casts after each index, and "
+            f"what is lost there depends on their order; give values of {x.dtype}"
+        )
+    summed = np.dtype(np.float32) if dtype == np.float16 else dtype
+    if not _is_known(summed, "biufc"):
+        raise TypeError(f"{name}.at with numbers of {dtype} in a step of iterate()")
+    added = cast(broadcast_to(added, shape), summed)
+    if name == "subtract":
+        added = apply("negative", added)
+    numbers = [broadcast_to(p, shape) for p in parts]
+    total = {"subtract": "add"}.get(name, name)
+    increments = _cells(f"{name}.at", x.shape, summed, numbers, (), added, total, is_at=True)
+    x._overwrite(apply(total, x, increments).node)
+
+
+def _may_be_cast_last(name: str, dtype: np.dtype[Any], cells: np.dtype[Any]) -> bool:
+    """Whether cells of ``cells`` that ``name`` computes in ``dtype`` can be cast when all is done, in place of after each item."""
+    if name in ("minimum", "maximum"):  # which integers that wrap do not keep
+        return dtype.kind != "c" and (dtype == cells or (dtype.kind == "f" and cells.kind == "f"))
+    return dtype == cells or (dtype.kind in "iu" and cells.kind in "iu") or (dtype.kind in "fc" and dtype.kind == cells.kind)

@@ -19,7 +19,7 @@ from shmarray.dtypes import cast_dtype
 from shmarray.expr import Assemble, Expr, Reshape, View, make, user_line
 from shmarray.handle import Handle, Link, as_handle, is_linking, value_of, wrap, wrap_linked, wrap_stored
 from shmarray.ops.elementwise import cast
-from shmarray.ops.gather import gather, spilling_pool, tracing_pool
+from shmarray.ops.gather import gather, is_traced, pick, spilling_pool, tracing_pool
 from shmarray.region import IndexMap, axis_tuple, broadcast_shape, identity_map, index_map, reshape_strides, resolve_shape
 from shmarray.storage import Layout
 
@@ -115,13 +115,60 @@ def getitem(x: Any, key: Any) -> Any:
 def _fancy(x: Any, key: Any) -> Any:
     """One call of NumPy on the whole: how many elements a mask picks must be counted anyway.
 
-    Of what is spilled, or traced, rows along one axis, block by block.
+    Of what is spilled, or traced, rows along one axis, block by block; in a step integer arrays of any kind.
     """
+    found = _picked(x, key)
+    if found is not None:
+        return found
     rows = _rows_of(x, key) if tracing_pool(x) is not None or spilling_pool(x) is not None else None
     if rows is not None:
         return _gathered(*rows)
     parts = tuple(np.asarray(p) if isinstance(p, Handle) else p for p in (key if isinstance(key, tuple) else (key,)))
     return as_handle(np.asarray(x)[parts if isinstance(key, tuple) else parts[0]])
+
+
+def _picked(x: Any, key: Any) -> Any:
+    """Return ``x[key]`` of a step that is traced: slices and arrays of integers, with values or without; None: it is another key.
+
+    Arrays that stand side by side are replaced by their axes there, others by axes in front, as in NumPy; a number among them is one.
+    """
+    parts = [np.asarray(p) if isinstance(p, list) else p for p in (key if isinstance(key, tuple) else (key,))]
+    at = [k for k, p in enumerate(parts) if isinstance(p, (Handle, np.ndarray))]
+    if not any(is_traced(parts[k]) for k in at) and not (is_traced(x) and len(at) > 1):
+        return None
+    if any(isinstance(p, (bool, np.bool_)) for p in parts) or any(parts[k].dtype.kind == "b" for k in at):
+        return None  # how many a mask picks is not known
+    for k in at:
+        if parts[k].dtype.kind not in "iu":
+            raise IndexError(f"arrays used as indices must be of integer (or boolean) type, this one is of {parts[k].dtype}")
+    numbers = [k for k, p in enumerate(parts) if k in at or isinstance(p, (int, np.integer))]
+    around = tuple(slice(None) if k in at else p for k, p in enumerate(parts))
+    view = view_of(x, index_map(around, x.shape))
+    named = dict(zip([k for k, p in enumerate(parts) if p is not None and p is not Ellipsis], itertools.count()))
+    dots = [k for k, p in enumerate(parts) if p is Ellipsis]
+    after = x.ndim - len(named)  # axes that the ellipsis stands for
+    names = tuple(named[k] + (after if dots and k > dots[0] else 0) for k in at)
+    left = [k for k in range(len(parts)) if k in at or k not in numbers]  # what gives the view axes
+    axes = [left.index(k) + (after - 1 if dots and k > dots[0] else 0) for k in at]
+    if numbers != list(range(numbers[0], numbers[-1] + 1)):
+        view, axes = moveaxis(view, axes, range(len(axes))), list(range(len(axes)))
+    return _picked_at(view, [parts[k] for k in at], axes[0], names)
+
+
+def _picked_at(x: Any, given: Sequence[Any], axis: int, names: tuple[int, ...]) -> Any:
+    """Return ``x`` with its axes from ``axis`` on replaced by the axes that arrays of integers have together."""
+    indices = [as_handle(p) for p in given]
+    common = broadcast_shape(*(p.shape for p in indices))
+    for index, n, name in zip(given, x.shape[axis:], names, strict=False):
+        if math.prod(common) and not n:
+            raise IndexError(f"an index array cannot pick from axis {name}, which has no elements")
+        if isinstance(index, np.ndarray):
+            np.broadcast_to(np.uint8(0), (n,))[index]  # raises what NumPy raises
+    shape = (*x.shape[:axis], *common, *x.shape[axis + len(indices) :])
+    if not math.prod(shape):
+        return as_handle(np.empty(shape, x.dtype))
+    found = pick(x, [broadcast_to(index, common or (1,)) for index in indices], axis, names)
+    return found if common else getitem(found, (*(slice(None),) * axis, 0))
 
 
 def _rows_of(x: Any, key: Any) -> tuple[Any, NDArray, int] | None:
@@ -461,6 +508,10 @@ def take(a: Any, indices: Any, axis: int | None = None) -> Any:
     (only,) = axis_tuple(axis, x.ndim)
     if isinstance(indices, (int, np.integer)):
         return value_of(getitem(x, (*(slice(None),) * only, int(indices))))
+    if is_traced(indices):
+        if indices.dtype.kind not in "iu":
+            raise TypeError(f"take() by an array of {indices.dtype}: indices are integers")
+        return _picked_at(x, [indices], only, (only,))
     index = np.asarray(indices)
     if index.ndim and index.dtype.kind in "iu" and (tracing_pool(x) is not None or spilling_pool(x) is not None):
         return _gathered(x, index, only)
