@@ -30,6 +30,7 @@ CASES = {  # file -> (arguments, the packages it needs, what it must print)
     "pi.py": (("--small",), (), "standard errors from pi"),
     "ising.py": (("--small",), (), "exact"),
     "particles.py": (("--small",), (), "those of NumPy"),
+    "plasma.py": (("--small",), (), "forces at the end: those of NumPy"),
     "option_pricing.py": (("--small",), (), "formula"),
     "live_monitor.py": (("--small",), (), "of the exact ones"),
 }
