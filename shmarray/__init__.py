@@ -38,7 +38,7 @@ from shmarray.errors import (
 )
 from shmarray.explain import explain
 from shmarray.iterate import Frame, iterate
-from shmarray.ops import accumulators, creation, elementwise, linalg, lines, overlap, padding, random, reductions, shaping
+from shmarray.ops import accumulators, creation, elementwise, linalg, lines, overlap, padding, random, reductions, sampled, shaping
 from shmarray.ops.blocks import map_blocks
 from shmarray.ops.overlap import map_overlap
 from shmarray.pipeline import PipelineReport, expression, ordered, pipeline, stream
@@ -56,6 +56,7 @@ for _module, _private in (
     (padding, ()),
     (accumulators, ("at", "at_traced")),
     (lines, ()),
+    (sampled, ()),
 ):
     _FAMILIES |= {name: getattr(_module, name) for name in _module.__all__ if name not in _private}
 globals().update(_FAMILIES)

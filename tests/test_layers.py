@@ -60,7 +60,7 @@ explain checkpoint stages
 pipeline
 ops.elementwise ops.random ops.gather
 ops.shaping
-ops.creation ops.reductions ops.blocks ops.lines
+ops.creation ops.reductions ops.blocks ops.lines ops.sampled
 ops.linalg ops.accumulators ops.padding ops.overlap iterate
 array
 __init__ doctor
