@@ -140,7 +140,7 @@ def _picked(x: Any, key: Any) -> Any:
         return None  # how many a mask picks is not known
     for k in at:
         if parts[k].dtype.kind not in "iu":
-            raise IndexError(f"arrays used as indices must be of integer (or boolean) type, this one is of {parts[k].dtype}")
+            raise IndexError(f"arrays used as indices must be of integer (or boolean) type, this one is of {parts[k].dtype}: i.astype(int)")
     numbers = [k for k, p in enumerate(parts) if k in at or isinstance(p, (int, np.integer))]
     around = tuple(slice(None) if k in at else p for k, p in enumerate(parts))
     view = view_of(x, index_map(around, x.shape))
