@@ -6,7 +6,7 @@
 #   make bench   every benchmark, one after the other
 #
 # The virtual environment is made on first use and kept; PYTHON and VENV may be set to other ones.
-# make test PROCESSES=2 runs two files of tests at a time.
+# make test runs two files of tests at a time; PROCESSES=0: one after the other, in one process.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ BENCHMARKS := $(filter-out benchmarks/measure.py,$(sort $(wildcard benchmarks/*.
 
 MINUTES ?= 60
 # How many files of tests run at a time; 0: one after the other, in one process.
-PROCESSES ?= 0
+PROCESSES ?= 2
 TESTS = $(BIN)/python -m pytest --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
 # Every file that has more to do in a soak.
 SOAKED := $(shell grep -rl --include="test_*.py" SOAK_MINUTES tests)

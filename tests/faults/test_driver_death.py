@@ -53,7 +53,7 @@ else:
     use()
 pids = current_pool().statistics().pids
 {state}
-print("workers", *pids, flush=True)
+print(" ".join(map(str, ["workers", *pids])), flush=True)  # in one piece
 wait_until(lambda: os.path.exists("go"), "the word to go")
 {end}
 """
