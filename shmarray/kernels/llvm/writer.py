@@ -224,14 +224,7 @@ class Writer:
         self.counted = counted = build.phi(lanes)
         counted.add_incoming(ir.Constant(lanes, [1] * s.lanes), before)
         with self.loop(limit, s.lanes) as j:
-            places: list[tuple[ir.Value, ir.Value]] = []
-            for k, o in enumerate(s.operands):
-                if k not in starts:
-                    places.append((pointers[k], i64(0)))
-                elif k in strides:
-                    places.append((self.at(starts[k], build.mul(j, strides[k])), strides[k]))
-                else:
-                    places.append((self._inner(starts[k], k, j), i64(np.dtype(o.dtype).itemsize)))
+            places = self._places(pointers, starts, strides, j)
             results = {k: self.at(start, build.mul(j, self._pad_stride(k))) for k, start in into.items()}
             self._steps([p for p, _ in places], [stride for _, stride in places], results, still=False)
             each(build.add(first, j))
@@ -284,14 +277,7 @@ class Writer:
         j.add_incoming(i64(0), entered)
         following = build.phi(I64)  # the strip behind this one, unless that is the last
         following.add_incoming(second, entered)
-        places: list[tuple[ir.Value, ir.Value]] = []
-        for k, o in enumerate(s.operands):
-            if k not in starts:
-                places.append((pointers[k], i64(0)))
-            elif k in strides:
-                places.append((self.at(starts[k], build.mul(j, strides[k])), strides[k]))
-            else:
-                places.append((self._inner(starts[k], k, j), i64(np.dtype(o.dtype).itemsize)))
+        places = self._places(pointers, starts, strides, j)
         self._steps([p for p, _ in places], [stride for _, stride in places], still=False)
         j.add_incoming(build.select(build.icmp_signed("<", following, last), following, last), build.block)
         following.add_incoming(build.add(following, lanes), build.block)
@@ -301,6 +287,20 @@ class Writer:
         if stored:
             with self.when(is_short):
                 self._unpad(stored, {}, count)
+
+    def _places(
+        self, pointers: list[ir.Value], starts: Mapping[int, ir.Value], strides: Mapping[int, ir.Value], j: ir.Value
+    ) -> list[tuple[ir.Value, ir.Value]]:
+        """Return where item ``j`` of each operand lies, and how far it is to the next; those without a start do not move."""
+        places: list[tuple[ir.Value, ir.Value]] = []
+        for k, o in enumerate(self.s.operands):
+            if k not in starts:
+                places.append((pointers[k], i64(0)))
+            elif k in strides:
+                places.append((self.at(starts[k], self.builder.mul(j, strides[k])), strides[k]))
+            else:
+                places.append((self._inner(starts[k], k, j), i64(np.dtype(o.dtype).itemsize)))
+        return places
 
     def _second_strip(self, pointers: list[ir.Value]) -> ir.Value:
         """Return the first item behind item 0 at which stores of a whole strip are aligned."""
