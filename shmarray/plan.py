@@ -1168,6 +1168,8 @@ def _read_by(source: Any, grid: Grid) -> Uses:
         stops.append([[max(s.stop for s in axis) for axis in zip(*boxes, strict=True)] for boxes in zip(*rounds, strict=True)])
     by_buffer: dict[int, list[_Read]] = {}
     for n, program in enumerate(source.inputs):
+        if not program.operands:
+            continue  # made of positions alone
         first, last = (np.array([box[n] for box in ends], np.int64).reshape(grid.ntasks, -1) for ends in (starts, stops))
         by_buffer.setdefault(program.operands[0].buffer, []).append((program.operands[0], full_box(program.shape), first, last))
     return {buffer: _spans_of(some) for buffer, some in by_buffer.items()}

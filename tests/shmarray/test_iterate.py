@@ -1228,9 +1228,10 @@ def test_random_steps_agree_with_numpy(
     [
         lambda u: sa.map_overlap(lambda block: block * 0.5, u, depth=1, boundary="periodic"),
         lambda u: u.map_blocks(lambda block: block * 0.5),
+        lambda u: sa.map_blocks(np.add, u, sa.ones((64, 64), chunks=(8, 64)) * 2),
         lambda u: u * 0.9 + sa.random.default_rng(3).standard_normal(u.shape),
     ],
-    ids=["overlap", "blocks", "random"],
+    ids=["overlap", "blocks", "beside what is made", "random"],
 )
 def test_tasks_of_any_kind_wait_for_neighbours_alone(monkeypatch: pytest.MonkeyPatch, step: Callable[[Any], Any]) -> None:
     made = buffers_of(monkeypatch)
