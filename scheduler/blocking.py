@@ -107,11 +107,14 @@ def blocked(steps: Sequence[Step], workers: int) -> tuple[list[Step], int]:
     if found is None:
         return [], 0
     most = -(-len(steps) // -(-len(steps) // found[1]))  # alike: a short rest would load all of the memory for itself
+    if found[1] != most:
+        found = _together(steps[:most], workers)
     done: list[Step] = []
     at = 0
-    while (found := _together(steps[at : at + most], workers)) is not None:
+    while found is not None:
         done.append(found[0])
         at += found[1]
+        found = _together(steps[at : at + most], workers)
     return done, at
 
 
@@ -286,11 +289,8 @@ def _ranges(lows: list[NDArray], highs: list[NDArray], ntasks: int) -> Cut:
 
 
 def _step_of(levels: Sequence[_Level], cut: Cut, plans: Sequence[Plan], buffers: Sequence[Buffer]) -> Step:
-    kernels: dict[int, Kernel] = {}
-    numbers: dict[int, int] = {}
-    for level in levels:
-        numbers.setdefault(id(level.layer.kernel), len(kernels))
-        kernels.setdefault(id(level.layer.kernel), level.layer.kernel)
+    kernels: dict[int, Kernel] = {id(level.layer.kernel): level.layer.kernel for level in levels}
+    numbers = {kernel: number for number, kernel in enumerate(kernels)}
     named = tuple((numbers[id(level.layer.kernel)], level.names) for level in levels)
     reads = tuple(dict.fromkeys(b for level in levels for b in level.reads if buffers[b].address is not None))
     writes = tuple(dict.fromkeys(b for level in levels for b in level.writes))

@@ -109,8 +109,8 @@ class Redo:
     def begin(self, task: int, step: int = 0) -> None:
         """Say which task runs now, and from which step on."""
         self._task = task
-        self.first_step = self.step = step
-        self.words[self.cursor] = pack(task, step)
+        self.first_step = step
+        self.at(step)
 
     def at(self, step: int) -> None:
         """Say which step of the task comes now, where steps need no slot: none reads what it, or a later one that was begun, writes."""

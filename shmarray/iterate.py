@@ -255,7 +255,6 @@ class _Loop:
         self._trace(step, numbers)
         self.plain = self._planned([])
         self.looking = self._planned(self.looks) if self.looks else self.plain
-        self.wanted = FEWEST if self.plain.thin is None else 2 * DEPTH  # steps at once, for blocks to go deep
         nodes = list(postorder([*self.new, *self.looks]))
         self.readers = {x: node for node in nodes for x in node.inputs}
         self.inputs = [node for node in nodes if isinstance(node, Stored) and not node.storage.is_role]
@@ -386,7 +385,7 @@ class _Loop:
         at_once = 1 << int(math.log2(max(1.0, AT_ONCE_S / step_s)))
         if place == "here":
             return place, at_once
-        wanted = max(at_once, self.wanted)
+        wanted = at_once if self.plain.thin is None else max(at_once, 2 * DEPTH)  # for blocks to go deep
         return place, max(FEWEST, min(MOST, wanted, int((READ_S if self.is_published else MOST_S) / step_s)))
 
     def _reach(self) -> None:
@@ -406,7 +405,6 @@ class _Loop:
         self.new, self.looks = list(substitute(self.new, new)), list(substitute(self.looks, new))
         self.plain = self._planned([])
         self.looking = self._planned(self.looks) if self.looks else self.plain
-        self.wanted = FEWEST if self.plain.thin is None else 2 * DEPTH  # steps at once, for blocks to go deep
         self.plans.clear()
 
     # --- buffers -----------------------------------------------------------------------------------------------------------

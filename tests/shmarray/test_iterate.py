@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -358,7 +359,7 @@ def test_memory_with_out_is_the_state_twice() -> None:
 
 def test_steps_that_are_slow_only_at_first_do_not_start_workers() -> None:
     loop = _Loop.__new__(_Loop)
-    loop.wanted, loop.is_published = 4, False
+    loop.plain, loop.is_published = Mock(thin=None), False
     loop.rates, loop.warmed_up = {"here": math.inf, "pool": math.inf}, 0
     batches = []
 
@@ -371,7 +372,7 @@ def test_steps_that_are_slow_only_at_first_do_not_start_workers() -> None:
 
 def test_steps_that_stay_slow_are_tried_in_workers() -> None:
     loop = _Loop.__new__(_Loop)
-    loop.wanted, loop.is_published = 4, False
+    loop.plain, loop.is_published = Mock(thin=None), False
     loop.rates, loop.warmed_up = {"here": math.inf, "pool": math.inf}, 0
 
     for _ in range(4):
