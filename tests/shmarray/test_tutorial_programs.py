@@ -567,15 +567,17 @@ with Client(sys.argv[1]) as connection:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_two_unrelated_scripts_exchange_arrays(tmp_path: Path, version: str) -> None:
     """By a socket, as the documentation of multiprocessing.connection has it; the second may be of another Python."""
-    address = tmp_path / "socket"
     python = interpreter(version)
 
     def start(python: str, script: Path) -> subprocess.Popen[str]:
-        arguments = [python, "-W", "error::UserWarning", str(script), str(address)]  # 3.12 warns of forks beside threads otherwise
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        arguments = [python, "-W", "error::UserWarning", str(script), "socket"]  # 3.12 warns of forks beside threads otherwise
+        # The name of a socket has at most 107 bytes: one relative to its folder is short wherever that lies.
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path)
 
     server = start(sys.executable, write(tmp_path / "server.py", SERVER))
-    assert server.stdout is not None and server.stdout.readline() == "listening\n"
+    assert server.stdout is not None
+    said = server.stdout.readline()
+    assert said == "listening\n", server.communicate(timeout=LONG_S)
     client = start(python, write(tmp_path / "client.py", CLIENT))
     (served, server_said), (got, client_said) = (script.communicate(timeout=LONG_S) for script in (server, client))
 
