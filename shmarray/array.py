@@ -28,7 +28,7 @@ from shmarray.ops.table import ROWS
 from shmarray.plan import Target
 from shmarray.region import broadcast_shape, index_map
 from shmarray.shared_memory import SharedArray, SharedStorage, allocate, stored, view_of_storage
-from shmarray.storage import Layout, Storage
+from shmarray.storage import Layout
 from shmarray.travel import pack, unpack
 
 if TYPE_CHECKING:
@@ -228,9 +228,7 @@ class Array(Handle):
             return traced
         if self._storage is None:
             return self.persist()
-        storage = Storage(running.current_pool(), self.shape, self.dtype, self.chunks)
-        running.run([self.node], [Target(self.shape, self.dtype, storage=storage, layout=storage.layout)], None, storage.pool)
-        copied: Array = wrap_stored(storage, storage.layout, self.chunks)
+        copied: Array = running.copied(self)
         return copied
 
     __copy__ = copy

@@ -43,6 +43,7 @@ __all__ = [
     "asked",
     "check_inputs",
     "compute",
+    "copied",
     "current_pool",
     "goes_straight",
     "is_traced",
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 NDArray = np.ndarray[Any, Any]
+AT_ONCE_NBYTES = 1 << 22  # what is smaller is copied here, in less time than a plan takes
 _log = logging.getLogger("shmarray")
 
 _configured: tuple[Any, ...] = (None, None, None)  # what the default pool is made with; any thread may set it to what it sees
@@ -155,16 +157,30 @@ def persist(*args: Any, scheduler: str | None = None, progress: bool | None = No
 def new_stored(values: NDArray, chunks: Chunks) -> Any:
     """Return a stored copy of a NumPy array."""
     storage = Storage(current_pool(), values.shape, values.dtype, chunks)
-    if values.nbytes < 1 << 22:
+    if values.nbytes < AT_ONCE_NBYTES:
         storage.fill(storage.layout, values)
     else:
-        run(
-            [in_memory(values)],
-            [Target(values.shape, values.dtype, storage=storage, layout=storage.layout, is_new=True)],
-            None,
-            storage.pool,
-        )
+        _copy(in_memory(values), storage)
     return wrap_stored(storage, storage.layout, chunks)
+
+
+def copied(x: Handle) -> Any:
+    """Return a stored copy of a stored array."""
+    source, layout = x._storage, _layout(x)
+    assert source is not None
+    storage = Storage(current_pool(), x.shape, x.dtype, x.chunks)
+    if layout.nbytes < AT_ONCE_NBYTES:
+        with hold_all([(source, layout, "r")]):
+            source.check_whole(layout)
+            source.save_windows()
+            storage.fill(storage.layout, source.read(layout))
+    else:
+        _copy(wrap_stored(source, layout, live=True).node, storage)  # of what is there when it is free to be read
+    return wrap_stored(storage, storage.layout, x.chunks)
+
+
+def _copy(node: Expr, storage: Storage) -> None:
+    run([node], [Target(node.shape, node.dtype, storage=storage, layout=storage.layout, is_new=True)], None, storage.pool)
 
 
 def write(target: Handle, value: Expr, scheduler: str | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -471,6 +472,31 @@ def test_what_is_kept_before_a_write_is_not_changed_by_it(executor: str, keep: s
     x[...] = -1
 
     same(later, np.arange(4.0) * (1 if keep == "copy" else 2) + 1)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 22], ids=["as a plan", "at once"])
+def test_a_copy_is_of_all_that_is_there_and_waits_for_who_writes(
+    executor: str, pool: sa.Pool, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(sys.modules["shmarray.compute"], "AT_ONCE_NBYTES", limit)
+    values = np.arange(60).reshape(5, 12)
+    x = sa.array(values, chunks=(2, 5))
+    views = (lambda a: a[::-2, 3:], lambda a: a.T, lambda a: a[2], lambda a: a[:0], lambda a: a[1, 1:2])
+
+    with x.lock() as view:
+        thread, results = in_thread(lambda: [cut(x).copy() for cut in views])
+        wait_until_one_waits(pool)
+        view += 100
+    thread.join()
+    x[...] = -1
+
+    for copy, cut in zip(results[0], views, strict=True):
+        assert copy.is_stored
+        same(copy, cut(values + 100))
+    x._storage.tear({0: "Torn."})
+    with pytest.raises(sa.TornChunkError):
+        x[:1].copy()
+    x[2:].copy()
 
 
 def test_a_write_through_any_alias_changes_the_input_of_what_was_built_on_another(executor: str) -> None:
