@@ -12,15 +12,17 @@ Never put here: when batches end (`iterate`), names (`store`).
 
 One allocation holds it all:
 
-    header      8-byte words: magic, driver, asked, over, step, time, finished, where the directory is, and how long
+    header      8-byte words: magic, driver, asked, over, step, time, finished, where the directory is, and how long; when it looks next
     fields      values, C order | sequence of each cell (8 bytes) | step of each cell (8) | wanted, of each cell (1)
     directory   JSON, of each field: dtype, shape, chunks, sizes of cells, where its values are, where its words are
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +48,7 @@ Box = tuple[slice, ...]
 PUBLISHED = FIRST_REGISTERED + 8  # of the kinds in stores
 MAGIC = 0x5EB1_15ED_0001
 HEADER_NBYTES = 128
-_MAGIC, _DRIVER, _ASKED, _OVER, _STEP, _TIME, _FINISHED, _DIRECTORY, _LENGTH = range(9)
+_MAGIC, _DRIVER, _ASKED, _OVER, _STEP, _TIME, _FINISHED, _DIRECTORY, _LENGTH, _DUE = range(10)
 LINE_NBYTES = 64
 CELL_NBYTES = 1 << 18  # a frame of a megabyte is a few cells; more, smaller ones would cost more to look at than to copy
 FRESH_S = 0.2  # for which a reader waits to be served
@@ -217,6 +219,7 @@ class Publisher:
         self.locks = [board.locks(entry) for entry in entries]
         self.values = [np.asarray(board.values(entry)) for entry in entries]
         self.seen = 0  # the last request that was looked at
+        self.looked_ns, self.usual_ns = time.monotonic_ns(), 0  # when it last looked, and how long it usually is until the next time
         self.not_before_s = 0.0
         self.fields = [Published(board, entry) for entry in entries]
         self.facts = {"step": board.word(_STEP, np.int64), "time": board.word(_TIME, float), "finished": board.word(_FINISHED, bool)}
@@ -229,6 +232,10 @@ class Publisher:
         header = self.board.header
         header[_STEP] = step
         self.board.times[_TIME] = time.perf_counter() - self.began_s
+        now_ns = time.monotonic_ns()
+        took_ns = now_ns - self.looked_ns
+        self.looked_ns, self.usual_ns = now_ns, min(took_ns, 5 * self.usual_ns // 4 or took_ns)  # one that took long says little
+        header[_DUE] = now_ns + self.usual_ns
         asked = header[_ASKED]
         if asked == self.seen:
             return
@@ -416,7 +423,7 @@ def _box_of(map: IndexMap) -> list[slice]:
 
 def _read(board: _Board, wanted: Sequence[tuple[_Entry, NDArray]], is_consistent: bool) -> list[NDArray]:
     """Return arrays of the shapes of the fields, in which the wanted cells are filled: others were never touched, and cost nothing."""
-    results = [np.empty(entry.shape, entry.dtype) for entry, _ in wanted]
+    results = [_room(entry, len(cells)) for entry, cells in wanted]
     locks = [board.locks(entry) for entry, _ in wanted]
     if not any(len(cells) for _, cells in wanted):
         return results
@@ -437,6 +444,18 @@ def _read(board: _Board, wanted: Sequence[tuple[_Entry, NDArray]], is_consistent
             )
 
 
+def _room(entry: _Entry, n: int) -> NDArray:
+    """Return an array of a field's shape, for ``n`` of its cells."""
+    if 2 * n > entry.n:
+        return np.empty(entry.shape, entry.dtype)
+    # NumPy's has huge pages: to write a few rows of a large array would be to clear many times as much.
+    nbytes = math.prod(entry.shape) * entry.dtype.itemsize
+    memory = mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.ndarray(entry.shape, entry.dtype, memory)
+
+
 def _why_not(board: _Board, is_live: bool) -> str:
     if not is_live:
         return "it has ended, without publishing its last state. sa.attach(name), without consistent=True, reads what is there."
@@ -455,8 +474,7 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
         np.frombuffer(lock.wanted, np.uint8)[cells] = 1
     board.header[_ASKED] = now_ns = time.monotonic_ns()  # last: who sees it sees what is wanted
     until_s = now_ns / 1e9 + FRESH_S
-    look_s = now_ns / 1e9 + LOOK_FOR_DRIVER_S
-    pause_s = SHORTEST_POLL_S
+    pause_s, look_s = SHORTEST_POLL_S, 0.0
     while True:
         if all(
             lock.sequences[cell] != old and not lock.sequences[cell] & 1
@@ -467,6 +485,11 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
         now_s = time.monotonic()
         if board.is_over() or now_s > until_s:
             return True
+        due_s = board.header[_DUE] / 1e9
+        if now_s < due_s:  # nothing will come before
+            time.sleep(min(due_s, until_s) - now_s)
+            continue
+        look_s = look_s or now_s + LOOK_FOR_DRIVER_S
         if now_s > look_s:
             look_s = now_s + LOOK_FOR_DRIVER_S
             if not board.has_driver():

@@ -278,6 +278,35 @@ def test_however_often_readers_ask_copying_takes_no_more_than_half_of_the_time(m
     assert served.count(5) == 6 and 5 * served.count(5) <= now[0] / 2
 
 
+def test_a_reader_sleeps_until_the_simulation_looks_again_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks, slept = [10.0], [], []
+    monkeypatch.setattr(publish.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(publish.time, "monotonic_ns", lambda: round(now[0] * 1e9))
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+        while looks and now[0] >= looks[0]:
+            now_s, now[0] = now[0], looks.pop(0)
+            made.look(3, lambda: [state])
+            now[0] = now_s
+
+    monkeypatch.setattr(publish.time, "sleep", sleep)
+    state = np.arange(4.0)
+    made = publisher(state)
+    for now[0] in 10.08, 10.16:
+        made.look(1, lambda: [state])
+    now[0], looks[:] = 10.18, [10.2405]
+
+    assert list(made.fields[0][1:]) == [1, 2, 3]
+    assert slept[0] == pytest.approx(0.06) and len(slept) < 6 and now[0] < 10.242
+
+    slept.clear()
+    now[0] = made.looked_ns / 1e9  # the next look is due in 0.08 s, and never comes
+    made.fields[0][...]
+    assert slept[0] == pytest.approx(0.0805, abs=0.001) and sum(slept) == pytest.approx(publish.FRESH_S, abs=publish.LONGEST_POLL_S)
+
+
 # --- watching -----------------------------------------------------------------------------------------------------------------------
 
 
