@@ -24,6 +24,7 @@ import shmarray as sa
 from scheduler.limits import parse_bytes
 
 EVERY_S = 0.05
+ARENA = re.compile(r"/(memfd:shmarray|shmarray\.\d+) \(deleted\)")  # without huge pages and with them
 
 
 def private_nbytes(pid):
@@ -31,12 +32,12 @@ def private_nbytes(pid):
     nbytes, is_arena, counted = 0, False, 0
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            is_arena = "/memfd:shmarray (deleted)" in line
+            is_arena = ARENA.search(line) is not None
         elif line.startswith("Pss:") and not is_arena:
             nbytes += 1024 * int(line.split()[1])
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            if os.readlink(entry).startswith("/memfd:shmarray "):
+            if ARENA.match(os.readlink(entry)):
                 counted = os.stat(entry).st_blocks * 512
         except OSError:
             pass  # closed meanwhile

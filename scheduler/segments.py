@@ -3,10 +3,10 @@
 Promises: an `Address` resolves, in any process of a pool, to a NumPy array over the very bytes (arena, or the driver's own
 memory in the driver) or to a `Remote`, which copies boxes of the driver's memory, with one system call and no page faults here, or
 of the spill file.
-Relies on Linux: memfd, seals, process_vm_readv. Where there is no memfd the arena is anonymous memory of this process.
+Relies on Linux: memory files, seals, process_vm_readv. Where there is no memfd the arena is anonymous memory of this process.
 Never put here: who owns which bytes (`extents`), who may touch them now (`locks`).
 
-    driver                       arena (memfd, sparse, sealed)              worker
+    driver                       arena (memory file, sparse)                worker
     +-----------------+         +-----------------------------+         +-----------------+
     | mapping --------+-------> | extent | hole | extent | ... | <-------+-- mapping       |
     | private ndarray <---------+------- process_vm_readv/writev ---------+-- scratch       |
@@ -30,6 +30,7 @@ import numpy as np
 import psutil
 
 from scheduler.errors import SharedMemoryError, UnreachableMemory
+from scheduler.hugepages import huge_file
 from scheduler.spill import SpillFile
 from scheduler.task import ARENA, DRIVER, SPILL, Address
 
@@ -55,22 +56,27 @@ _live_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
 
 class Arena:
-    """The pool's memory: one sparse memfd, mapped once, far larger than RAM, of which only touched pages cost anything.
+    """The pool's memory: one sparse memory file, mapped once, far larger than RAM, of which only touched pages cost anything.
 
     It has no name, so nothing is left when every process is gone; it does not lie in /dev/shm, so the size of that does not
-    matter. Size never changes after creation: a shrunk file would be a SIGBUS for its readers.
+    matter. Size never changes after creation: a shrunk file would be a SIGBUS for its readers. A memfd is sealed against that; a file
+    of huge pages (`hugepages`) cannot be, and has but this process and its workers that could.
     """
 
     def __init__(self, nbytes: int | None = None, *, shared: bool = True) -> None:
         wanted = nbytes or min(4 * psutil.virtual_memory().total, LARGEST_ARENA_NBYTES)
         wanted = -(-wanted // PAGE_NBYTES) * PAGE_NBYTES
         self.fd = -1
+        is_sealed = False
         if shared and hasattr(os, "memfd_create"):
-            self.fd = os.memfd_create("shmarray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            huge = huge_file()
+            is_sealed = huge is None
+            self.fd = os.memfd_create("shmarray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) if huge is None else huge
             os.fchmod(self.fd, 0o600)  # a memfd is 0777 when made
         self.map, self.nbytes = _map_as_much(self.fd, wanted)
         if self.fd >= 0:
             os.ftruncate(self.fd, self.nbytes)
+        if is_sealed:
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_GROW | _F_SEAL_SHRINK | _F_SEAL_SEAL)
         _advise(self.map, "MADV_DONTDUMP")
         advise_huge_pages(self.map)

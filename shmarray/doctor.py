@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from scheduler.hugepages import huge_file, why_none
 from scheduler.limits import DEFAULT_SHARE, available_nbytes, cpu_count, format_bytes
 from scheduler.run import Pool
 from scheduler.segments import permit_workers
@@ -95,8 +96,9 @@ def _try(name: str, look: Callable[[], _Found], advice: str, is_needed: bool) ->
 
 
 @contextlib.contextmanager
-def _memory_file(nbytes: int = mmap.PAGESIZE) -> Iterator[int]:
-    fd = os.memfd_create("shmarray-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def _memory_file(nbytes: int = mmap.PAGESIZE, fd: int | None = None) -> Iterator[int]:
+    if fd is None:
+        fd = os.memfd_create("shmarray-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, nbytes)
@@ -240,8 +242,11 @@ def _huge_private() -> _Found:
 
 
 def _huge_shared() -> _Found:
-    with _memory_file(3 * HUGE_NBYTES) as fd, mmap.mmap(fd, 3 * HUGE_NBYTES) as mapping:
-        return _huge(mapping, "ShmemPmdMapped", "shmem_enabled")
+    with _memory_file(3 * HUGE_NBYTES, huge_file()) as fd, mmap.mmap(fd, 3 * HUGE_NBYTES) as mapping:
+        state, found = _huge(mapping, "ShmemPmdMapped", "shmem_enabled")
+    if why_none() is None:
+        return state, f"{found}; in a file system of this process's own"
+    return state, found if why_none() == found else f"{found}; {why_none()}"
 
 
 def _huge(mapping: mmap.mmap, field: str, setting: str) -> _Found:
@@ -369,7 +374,10 @@ _PROCESS_VM = (
 _LIBMVEC = "exp, sin and the like are called number by number in compiled code. It comes with glibc 2.22 and later."
 _HUGE = "/sys/kernel/mm/transparent_hugepage/"
 _HUGE_PRIVATE = f"results cost more page faults: echo madvise > {_HUGE}enabled (as root)."
-_HUGE_SHARED = f"stored arrays are read some 20 % slower: echo advise > {_HUGE}shmem_enabled (as root)."
+_HUGE_SHARED = (
+    f"stored arrays are read a fifth slower, and written slower the first time. Either: echo advise > {_HUGE}shmem_enabled (as root), or "
+    f"let users have user namespaces."
+)
 _AS = "shared memory is mapped smaller, here and in every worker: ulimit -v unlimited."
 _NOFILE = "a pool needs some 10 descriptors and 4 for each worker: ulimit -n 1024."
 _FSIZE = "shared memory, and files written, can be no larger: ulimit -f unlimited."

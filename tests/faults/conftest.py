@@ -31,7 +31,7 @@ from soak import SOAK_MINUTES as SOAK_MINUTES
 
 import scheduler
 from scheduler import extents as scheduler_extents
-from scheduler import faults
+from scheduler import faults, hugepages
 from scheduler import pool as scheduler_pool
 from scheduler.extents import Extents
 
@@ -238,7 +238,7 @@ def script(tmp_path: Path, shm_entries: Callable[[], set[str]]) -> Callable[...,
 
 def _owned() -> tuple[set[int], set[int], set[str]]:
     """Return descriptors, children and thread names of pools that are open: they are warm for the next test, not leaked."""
-    fds: set[int] = set()
+    fds: set[int] = {hugepages._root} if hugepages._root is not None else set()  # made once, kept as long as the process
     children: set[int] = set()
     names: set[str] = set()
     for loop in list(scheduler_pool._loops):

@@ -69,7 +69,7 @@ def memory_files(pids: list[int]) -> list[str]:
     for pid in pids:
         for number in os.listdir(f"/proc/{pid}/fd"):
             target = os.readlink(f"/proc/{pid}/fd/{number}")
-            if target.startswith("/memfd:shmarray"):
+            if target.startswith(("/memfd:shmarray", "/shmarray.")):
                 found.append(target)
     return found
 

@@ -242,7 +242,7 @@ def test_there_is_no_socket_to_connect_to_and_no_memory_for_others(script: Run) 
                         continue
                     if link.startswith("socket:["):
                         sockets.add(link[8:-1])
-                    if link.startswith("/memfd:"):
+                    if link.startswith(("/memfd:", "/shmarray.")):
                         modes.add((link.split()[0], oct(stat.S_IMODE(mode))))
             mapped = {line.split()[5] for line in open("/proc/self/maps") if "shmarray" in line}
         print(len(sockets) >= 4, len(modes) >= 2)
