@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -179,10 +179,15 @@ class Table:
     def conceive(self, parent: int, lock_embryo: Callable[[int], None]) -> int:
         """Return the row of a child about to be forked, which holds what ``parent`` does.
 
-        It counts as long as the child, or its parent, holds what ``lock_embryo(row)`` takes.
+        It counts as long as the child, or its parent, holds what ``lock_embryo(row)`` takes. A row of which that raises
+        BlockingIOError is passed over: its last embryo has been born and has died, and its parent has not returned from the fork.
         """
-        row = self._free_row()
-        lock_embryo(row)  # before the state: a reaper that sees an embryo asks for the lock
+        for row in self._free_rows():
+            try:
+                lock_embryo(row)  # before the state: a reaper that sees an embryo asks for the lock
+                break
+            except BlockingIOError:
+                pass
         self._wipe(self.held[row])
         used = int(self.words[OBJECTS_USED])
         self.held[row, :used] = self.held[parent, :used]
@@ -242,17 +247,21 @@ class Table:
         self._set(_STATE + row, FREE)  # what it holds counts no more; it is wiped before the row is used again
 
     def _free_row(self) -> int:
+        return next(self._free_rows())
+
+    def _free_rows(self) -> Iterator[int]:
+        """Yield the rows that are free. Raises SharedMemoryError after the last."""
         used = int(self.words[ROWS_USED])
         for row in range(used):
             if self.words[_STATE + row] == FREE:
-                return row
-        if used == ROWS:
-            raise SharedMemoryError(
-                f"joining a family of processes that share arrays, or making a store or list in it: {ROWS} of these are in it, and no more "
-                f"can be. End some, or drop some."
-            )
-        self._set(ROWS_USED, used + 1)
-        return used
+                yield row
+        for row in range(used, ROWS):
+            self._set(ROWS_USED, row + 1)
+            yield row
+        raise SharedMemoryError(
+            f"joining a family of processes that share arrays, or making a store or list in it: {ROWS} of these are in it, and no more "
+            f"can be. End some, or drop some."
+        )
 
     # --- objects; the caller holds the lock, but for `drop` ---------------------------------------------------------------------------
 

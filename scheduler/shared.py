@@ -380,8 +380,8 @@ class Segment:
                 continue
             refs = self._refs.get(gone.key)
             if refs is not None and refs[0] is gone:  # else it was received again meanwhile
-                nbytes += self.table.extent(gone.key[0])[1]
-                if self.row >= 0:
+                if self.row >= 0 and self.table.is_live(*gone.key):  # else it was let go of before, and its number may be another's by now
+                    nbytes += self.table.extent(gone.key[0])[1]
                     self.table.drop(self.row, gone.key[0])
                 del self._refs[gone.key]
             dropped.popleft()
@@ -653,11 +653,11 @@ class Segment:
         self._embryo = None
         if self.row < 0 or self._inside or not self._leases:
             return
+        held: list[int] = []
         try:
             self._inside = True
             self._take_turn()
             self._clear_dropped()
-            held: list[int] = []
             row = self.table.conceive(self.row, lambda row: _lock_embryo(self.embryo_fd, row, held))
             self._embryo = row, held[0]
         except (SharedMemoryError, OSError):
@@ -665,6 +665,9 @@ class Segment:
         finally:
             self._inside = False
             fcntl.lockf(self.lock_fd, fcntl.LOCK_UN, 1, 0)
+            if self._embryo is None:  # Ctrl-C, for one: a byte that stays locked would be in the way of later forks
+                for fd in held:
+                    os.close(fd)
 
     def _after_fork_in_parent(self) -> None:
         embryo, self._embryo = self._embryo, None
@@ -687,8 +690,8 @@ class Segment:
         elif self._leases:  # it could not be prepared: hold them now; they are there as long as the parent has them
 
             def do() -> None:
-                for number, _ in list(self._leases):
-                    self.table._hold(self.row, number, 1)
+                for number, generation in list(self._leases):
+                    self.table.hold(self.row, number, generation)
 
             self._locked(do)
 

@@ -160,6 +160,22 @@ def test_an_embryo_that_was_not_born_holds_nothing(table: Table) -> None:
     assert bury(table, ANNA) == 1 and sweep(table) == PAGE
 
 
+def test_a_row_whose_last_embryo_still_has_its_lock_in_another_process_is_passed_over(table: Table) -> None:
+    anna = table.register(ANNA, 0)
+    obj, _, _ = table.allocate(anna, 1000, 1000)
+    locked = {table.conceive(anna, lambda row: None)}
+    table.abandon(min(locked))
+
+    def lock(row: int) -> None:
+        if row in locked:
+            raise BlockingIOError
+
+    child = table.conceive(anna, lock)
+
+    assert child not in locked and table.holders(obj) == [anna, child]
+    assert table.register(BELA, 0) in locked
+
+
 def test_without_room_the_error_has_the_numbers(table: Table) -> None:
     anna = table.register(ANNA, 0)
     table.allocate(anna, NBYTES - PAGE, 1)
