@@ -364,6 +364,22 @@ class CellLocks:
         self._is_awaited = True  # before looking again: whoever takes the last one out now sees it
         return extent in self._granted
 
+    def holds(self, extent: int, beside: Hold | None = None) -> list[Hold]:
+        """Return the Holds, still kept and not released, that the calling thread has of an extent; or that the owner of one has beside it.
+
+        Waits for nothing.
+        """
+        tickets = list(self._granted.get(extent, ()))  # of C: no other thread comes between
+        if beside is None:
+            owner: _Owner | None = self._owner()
+        else:
+            if len(tickets) == 1:
+                return []  # nearly always
+            owner = None if beside._ticket is None else beside._ticket.owner
+        lost = [ticket.lost for ticket in tickets if ticket.owner is owner]
+        found = [each[0]() for each in lost if each is not None]
+        return [hold for hold in found if hold is not None and hold is not beside and not hold.is_released]
+
     def held_by_caller(self, extent: int, start: int, stop: int) -> str | None:
         """Return "w" when this thread holds all of the cells to write, "r" when it holds all of them somehow, else None."""
         owner = self._owner()

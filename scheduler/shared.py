@@ -168,7 +168,7 @@ class Lease:
                 return self.segment.locks.briefly(self.number + 1, 0, do)
             except BlockingIOError:
                 pass
-        elif self.segment._is_own(mark):
+        elif self.segment._is_own(self.number + 1, mark):
             return do()
         with self.lock([(0, 1)], "w"):
             return do()
@@ -184,22 +184,17 @@ class _Gone(weakref.ref[Lease]):
 class CellHold(Hold):
     """Cells that are locked until `release`, or the end of a ``with`` block. Keeps the memory that they are of."""
 
-    __slots__ = ("_lease", "_pid", "_serial", "_written")  # set by `Segment.lock`: a call less for each lock
+    __slots__ = ("_lease", "_mark", "_pid", "_written")  # set by `Segment.lock`: a call less for each lock
     _lease: Lease
+    _mark: int  # of the cells that it writes, 0 of one to read
     _pid: int
-    _serial: int
-    _written: list[tuple[int, int]]
+    _written: list[tuple[int, int]] | None  # cells with that mark; None of one to read, and when it is being released
 
     def release(self) -> None:
         """Give the cells back; calling it again does nothing."""
         if self._ticket is not None:
-            if self._written and self._pid == os.getpid():  # a forked child holds nothing
-                cells = self._lease.cells
-                for start, stop in self._written:
-                    for cell in range(start, stop):
-                        cells[cell] = 0
-                self._written = []
-                self._lease.segment._writing.pop(self._serial, None)
+            if self._written is not None and self._pid == os.getpid():  # a forked child holds nothing
+                self._lease.segment._end_writing(self)
             Hold.release(self)
 
 
@@ -218,7 +213,6 @@ class Segment:
         self._leases: weakref.WeakValueDictionary[tuple[int, int], Lease] = weakref.WeakValueDictionary()
         self._refs: dict[tuple[int, int], tuple[Any, ...]] = {}  # a weak reference that is gone calls nobody
         self._dropped: deque[_Gone] = deque()
-        self._writing: dict[int, weakref.ref[CellHold]] = {}  # serial of a hold to write -> the hold
         self._reaped_ns = 0
         self._freed_nbytes = 0  # since it was last looked how much is warm
         self._embryo: tuple[int, int] | None = None  # row and descriptor, while this thread forks
@@ -459,19 +453,21 @@ class Segment:
             try:
                 hold._lease = lease
                 hold._pid = self._pid
-                hold._written = []
+                hold._mark = 0
+                hold._written = None
                 if mode == "w":
                     self._begin_writing(hold, runs)
                     return hold
-                if not self._abandoned(lease, runs):
+                abandoned = self._abandoned(lease, runs)
+                if not abandoned:
                     return hold
             except BaseException:
                 Hold.release(hold)  # whatever of it is set by now
                 raise
-            # Somebody died writing. To tell one reader, and one only, takes the lock to write.
+            # Somebody died writing. To tell one reader, and one only, takes the lock to write those cells: this thread may read others.
             hold.release()
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self.lock(lease, runs, "w", timeout).release()
+            self.lock(lease, [(cell, cell + 1) for cell in abandoned], "w", timeout).release()
 
     def _abandoned(self, lease: Lease, runs: Sequence[tuple[int, int]]) -> list[int]:
         """Return the cells that a dead writer has left, and those that this thread itself holds to write not."""
@@ -482,17 +478,17 @@ class Segment:
         for start, stop in runs:
             marks = [cells[start]] if stop - start == 1 else cells[start:stop]
             for cell, mark in enumerate(marks, start):
-                if mark and not self._is_own(mark):
+                if mark and not self._is_own(lease.number + 1, mark):
                     found.append(cell)
         return found
 
-    def _is_own(self, mark: int) -> bool:
+    def _is_own(self, extent: int, mark: int) -> bool:
         """Return whether a mark is of a hold of this thread, further out, which still lives."""
-        if mark >> 32 != os.getpid():
-            return False
-        ref = self._writing.get(mark & 0xFFFFFFFF)
-        hold = None if ref is None else ref()
-        return hold is not None and hold.owner == threading.get_ident() and not hold.is_released
+        return mark >> 32 == os.getpid() and any(hold._mark == mark for hold in self._holds(extent))
+
+    def _holds(self, extent: int, beside: CellHold | None = None) -> list[CellHold]:
+        # One that Ctrl-C has struck as it was made has no mark yet.
+        return [hold for hold in self.locks.holds(extent, beside) if isinstance(hold, CellHold) and hasattr(hold, "_mark")]
 
     def _begin_writing(self, hold: CellHold, runs: Sequence[tuple[int, int]]) -> None:
         """Mark cells, now locked, as being written: a mark that the next owner finds tells that this one died."""
@@ -500,20 +496,18 @@ class Segment:
         single = runs[0][0] if len(runs) == 1 and runs[0][1] - runs[0][0] == 1 else None  # nearly always there is one cell
         if (single is None or cells[single]) and (abandoned := self._abandoned(lease, runs)):
             pid = cells[abandoned[0]] >> 32
-            for cell in abandoned:
-                cells[cell] = 0
+            self.locks._read(lambda: self._pass_on(hold, [(cell, cell + 1) for cell in abandoned]))
             some = ", ".join(str(cell) for cell in abandoned[:5]) + (", ..." if len(abandoned) > 5 else "")
             raise AbandonedLockError(
                 f"locking {len(abandoned)} cell{'s' * (len(abandoned) > 1)} ({some}) of a shared array: process {pid} held "
                 f"{'them' if len(abandoned) > 1 else 'it'} to write, and died or let go without releasing. The values may be half written: "
                 f"check them or write them anew. This is told once; lock again to go on."
             )
-        hold._serial = serial = next(_serials) & 0xFFFFFFFF
-        self._writing[serial] = weakref.ref(hold)
-        mark = hold._pid << 32 | serial
+        hold._mark = mark = hold._pid << 32 | next(_serials) & 0xFFFFFFFF
+        hold._written = written = []
         if single is not None:
             if not cells[single]:
-                hold._written.append(runs[0])  # before the mark: interrupted between, clearing it does no harm
+                written.append(runs[0])  # before the mark: interrupted between, clearing it does no harm
                 cells[single] = mark
             return
         for start, stop in runs:
@@ -523,10 +517,41 @@ class Segment:
                     cells[cell] = mark
                     since = cell if since is None else since
                 elif since is not None:
-                    hold._written.append((since, cell))
+                    written.append((since, cell))
                     since = None
             if since is not None:
-                hold._written.append((since, stop))
+                written.append((since, stop))
+
+    def _end_writing(self, hold: CellHold) -> None:
+        """Clear the marks of a hold that is about to be released, but for cells that its thread goes on to hold to write."""
+        lease, written = hold._lease, hold._written
+        if written is None:
+            return
+        if not self.locks.holds(lease.number + 1, hold):  # nearly always: no other of this thread
+            cells = lease.cells
+            for start, stop in written:
+                for cell in range(start, stop):
+                    cells[cell] = 0
+            hold._written = None
+        else:
+            # Under the mutex of the locks, as another thread may release one of the others now: that goes through here, too.
+            self.locks._read(lambda: self._pass_on(hold, written))
+
+    def _pass_on(self, hold: CellHold, written: Sequence[tuple[int, int]]) -> None:
+        """Clear marks; of cells that a hold beside ``hold`` still writes, make them that one's: at no moment without."""
+        extent, cells = hold._lease.number + 1, hold._lease.cells
+        others = [(other._mark, other._written, other._ticket) for other in self._holds(extent, hold)]
+        heirs = [(mark, theirs, ticket.wanted[extent]) for mark, theirs, ticket in others if theirs is not None and ticket is not None]
+        for start, stop in written:
+            for cell in range(start, stop):
+                found = 0
+                for mark, theirs, runs in heirs:
+                    if any(write and first <= cell < last for first, last, write in runs):
+                        theirs.append((cell, cell + 1))  # before the mark, as above
+                        found = mark
+                        break
+                cells[cell] = found
+        hold._written = None
 
     # --- looking ------------------------------------------------------------------------------------------------------------------
 
