@@ -38,8 +38,6 @@ GRIDS = {  # constant -> a value so small that arrays of a few hundred items are
 }
 PRODUCTS = {"EDGE_ITEMS": 4, "SPLIT_ITEMS": 8}
 LONG_S = 90.0
-# Prefixes in /dev/shm that are never ours: of multiprocessing, joblib and others, which other programs use meanwhile.
-FOREIGN = ("sem.mp-", "sem.loky", "loky-", "joblib_memmapping", "psm_", "pym-", "torch_", "lttng", "PostgreSQL")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -152,16 +150,13 @@ def in_thread() -> Callable[[Callable[[], Any]], Any]:
 
 def _shm_entries() -> set[str]:
     with contextlib.suppress(OSError):
-        names = {name for name in os.listdir("/dev/shm") if not name.startswith(FOREIGN)}
-        if "PYTEST_XDIST_WORKER" in os.environ:  # tests beside this one have semaphores and blocks of multiprocessing there
-            names = {name for name in names if "shmarray" in name}
-        return names
+        return {name for name in os.listdir("/dev/shm") if "shmarray" in name}  # other programs, and other tests, come and go there
     return set()
 
 
 @pytest.fixture(scope="session")
 def shm_entries() -> Callable[[], set[str]]:
-    """``shm_entries()`` gives what is in /dev/shm and may be ours."""
+    """``shm_entries()`` gives what is in /dev/shm and has our name."""
     return _shm_entries
 
 
