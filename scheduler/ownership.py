@@ -77,6 +77,7 @@ class Table:
         self._held_bytes = memoryview(buffer)[WORDS * 8 :].cast("B")
         self._gaps = _Ranges()
         self._epoch = -1  # of the gaps; another process may have changed the objects since
+        self._spare = -1  # an object that nobody holds, between a `sweep` that left it and the `allocate` that takes it
 
     # --- stores: all of them, so that a test can die at each --------------------------------------------------------------------
 
@@ -271,6 +272,13 @@ class Table:
         What was there before is still there: the caller clears it. Raises SharedMemoryError when there is no room.
         """
         length = size_class(nbytes)
+        spare, self._spare = self._spare, -1
+        if spare >= 0 and self.words[_LENGTH + spare] == length:
+            # It stays where it lies, so the holes are what they were: half the work. Killed anywhere in here, it is still its old self,
+            # that nobody holds but who has died.
+            generation = (int(self.words[_OBJECT + spare]) >> 8) + 1
+            self._own(row, spare, generation, used)
+            return spare, generation, int(self.words[_OFFSET + spare])
         self._look()
         at = bisect_left(self._gaps.sizes, (length, 0))  # the smallest that holds it, and of those the lowest
         if at == len(self._gaps.sizes):
@@ -285,13 +293,16 @@ class Table:
         self._change()
         self._set(_OFFSET + obj, offset)
         self._set(_LENGTH + obj, length)
-        self._set(_USED + obj, used)
-        self._wipe(self.held[: self.words[ROWS_USED], obj])
-        self._hold(row, obj, 1)
-        self._set(_OBJECT + obj, generation << 8 | LIVE)  # last: until here the space is still free
+        self._own(row, obj, generation, used)
         self._gaps.remove(offset, offset + length)
         self._changed()
         return obj, generation, offset
+
+    def _own(self, row: int, obj: int, generation: int, used: int) -> None:
+        self._set(_USED + obj, used)
+        self._wipe(self.held[: self.words[ROWS_USED], obj])
+        self._hold(row, obj, 1)
+        self._set(_OBJECT + obj, generation << 8 | LIVE)  # last: until here it is not there
 
     def issue(self, obj: int, generation: int, sender: int) -> tuple[int, int]:
         """Return (token, nonce) of a new handle of an object that the caller holds: it keeps the object until it is received."""
@@ -319,11 +330,13 @@ class Table:
         """Let go of an object. Without the lock."""
         self._hold(row, obj, 0)
 
-    def sweep(self, now_ns: int, handle_ttl_ns: int, is_alive: Callable[[int], bool]) -> int:
+    def sweep(self, now_ns: int, handle_ttl_ns: int, is_alive: Callable[[int], bool], wanted: int = 0) -> int:
         """Free what nobody holds and no handle on its way names; return how many bytes.
 
-        A handle whose sender is dead counts for ``handle_ttl_ns`` from when that was first seen.
+        A handle whose sender is dead counts for ``handle_ttl_ns`` from when that was first seen. Of ``wanted`` bytes, which the caller
+        is about to allocate under the same lock, one object is left that has just the length.
         """
+        self._spare = -1
         pending = self.pending()
         senders: dict[int, bool] = {}
         kept = []
@@ -343,6 +356,10 @@ class Table:
         unheld = self._unheld(kept)
         if pending or self.words[TOKENS_USED]:
             self._lower(TOKENS_USED, _TOKEN, 1)
+        if wanted:
+            length = size_class(wanted)
+            self._spare = next((obj for obj in unheld if self.words[_LENGTH + obj] == length), -1)
+            unheld = [obj for obj in unheld if obj != self._spare]
         if not unheld:
             return 0
         self._look()

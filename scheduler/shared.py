@@ -290,11 +290,11 @@ class Segment:
         finally:
             os.close(fd)
 
-    def _sweep(self) -> None:
+    def _sweep(self, wanted: int = 0) -> None:
         now = time.monotonic_ns()
         if now - self._reaped_ns > REAP_EVERY_NS:
             self._reap()
-        freed = self.table.sweep(now, HANDLE_TTL_NS, self._is_alive)
+        freed = self.table.sweep(now, HANDLE_TTL_NS, self._is_alive, wanted)
         if freed:
             self._freed_nbytes += freed
             if self._freed_nbytes > WARM_LIMIT_NBYTES // 8:
@@ -313,7 +313,7 @@ class Segment:
         whole = trailer + 16 + 8 * cells + len(meta)
 
         def do() -> Lease:
-            self._sweep()
+            self._sweep(whole)
             number, generation, offset = self.table.allocate(self.row, whole, nbytes)
             try:
                 at = offset + trailer

@@ -58,12 +58,45 @@ def table(buffer: np.ndarray[Any, Any]) -> Table:
     return Table(buffer)
 
 
-def sweep(table: Table, *, alive: tuple[int, ...] = (ANNA, BELA, CARO), now: int = SECOND, ttl: int = 60 * SECOND) -> int:
-    return table.sweep(now, ttl, lambda identity: identity in alive)
+def sweep(table: Table, *, alive: tuple[int, ...] = (ANNA, BELA, CARO), now: int = SECOND, ttl: int = 60 * SECOND, wanted: int = 0) -> int:
+    return table.sweep(now, ttl, lambda identity: identity in alive, wanted)
 
 
 def bury(table: Table, *alive: int, embryos: tuple[int, ...] = ()) -> int:
     return table.reap(lambda identity: identity in alive, lambda row: row in embryos)
+
+
+def test_what_nobody_holds_is_taken_as_it_lies_by_who_wants_just_that(table: Table) -> None:
+    anna, bela = table.register(ANNA, 0), table.register(BELA, 0)
+    dropped = [table.allocate(bela, nbytes, nbytes) for nbytes in (5000, 9000, 9000)]
+    handle = table.issue(dropped[1][0], dropped[1][1], BELA)
+    table.receive(bela, dropped[1][0], dropped[1][1], *handle)
+    for obj, _, _ in dropped:
+        table.drop(bela, obj)
+
+    assert sweep(table, wanted=9001) == 5 * PAGE, "but for one"
+    obj, generation, offset = table.allocate(anna, 9001, 8000)
+
+    assert (obj, generation, offset) == (dropped[1][0], dropped[1][1] + 1, dropped[1][2])
+    assert table.holders(obj) == [anna] and table.extent(obj) == (offset, 3 * PAGE, 8000)
+    with pytest.raises(HandleExpired):
+        table.receive(bela, *dropped[1][:2], *handle)
+    table.check()
+    other = table.allocate(anna, 9000, 9000)
+    assert other[0] != obj and table.live() == sorted((obj, other[0])), "it is taken once"
+    table.check()
+
+
+def test_what_was_left_for_one_who_did_not_take_it_is_freed_later(table: Table) -> None:
+    anna = table.register(ANNA, 0)
+    obj, _, _ = table.allocate(anna, 9000, 9000)
+    table.drop(anna, obj)
+
+    assert sweep(table, wanted=9000) == 0
+    table.allocate(anna, 5000, 5000)
+    table.check()
+    assert sweep(table) == 3 * PAGE
+    table.check()
 
 
 def test_an_object_lives_while_anybody_holds_it(table: Table) -> None:
@@ -222,13 +255,14 @@ def scenario(table: Mortal, op: str) -> Callable[[], Any]:
     token = table.issue(kept[0], kept[1], BELA)
     own = table.allocate(anna, 5000, 5000)
     dropped = table.allocate(anna, 70_000, 70_000)
-    if op in ("sweep", "sweep pending"):
+    if op in ("sweep", "sweep pending", "reuse"):
         if op == "sweep pending":
             table.issue(dropped[0], dropped[1], CARO)
         table.drop(anna, dropped[0])
     return {
         "register": lambda: table.register(CARO, 7),
         "allocate": lambda: table.allocate(anna, 20_000, 20_000),
+        "reuse": lambda: (sweep(table, wanted=70_000), table.allocate(anna, 70_000, 60_000)),
         "issue": lambda: table.issue(own[0], own[1], ANNA),
         "receive": lambda: table.receive(anna, kept[0], kept[1], *token),
         "drop": lambda: table.drop(anna, own[0]),
@@ -240,7 +274,7 @@ def scenario(table: Mortal, op: str) -> Callable[[], Any]:
     }[op]
 
 
-OPERATIONS = ("register", "allocate", "issue", "receive", "drop", "sweep", "sweep pending", "conceive", "adopt", "reap")
+OPERATIONS = ("register", "allocate", "reuse", "issue", "receive", "drop", "sweep", "sweep pending", "conceive", "adopt", "reap")
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -284,7 +318,7 @@ def test_fragmentation_stays_bounded_over_random_frees_and_allocations(table: Ta
             table.drop(anna, obj)
         else:
             nbytes = int(2 ** rnd.uniform(8, 21))
-            sweep(table)
+            sweep(table, wanted=nbytes)
             obj, _, _ = table.allocate(anna, nbytes, nbytes)
             live[obj] = nbytes
         if step > 1000:
