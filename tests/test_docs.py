@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import shmarray
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
@@ -54,6 +56,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_error_of_the_guide_can_be_caught() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "guide.md").read_text(), re.M)
+    assert len(rows) >= 9
+    assert not set(rows) - set(shmarray.__all__)
 
 
 def test_every_file_the_architecture_names_exists() -> None:
