@@ -23,6 +23,8 @@ Who: ``worker``, ``driver``, or ``any`` (when left out). The points:
              half      in the middle of the copy over the target
              copied    after it, the cursor still says that it goes on
              part      before each task of several steps that are done block by block
+             spill     before bytes are written to the spill file
+             unspill   before bytes are read from it
              reply     before what came of a range is sent: the cursor is past it, the driver not told
              replied   after that
     driver   spawn     before a worker process is started
@@ -36,7 +38,8 @@ Who: ``worker``, ``driver``, or ``any`` (when left out). The points:
              buried    after all of this
              settle    before a plan's end is made known
              return    before a result is returned
-             bind, bound, task, ran, part, results, copy, half, copied: as in a worker, in threads of the driver that run tasks
+             bind, bound, task, ran, part, spill, unspill, results, copy, half,
+             copied: as in a worker, in threads of the driver that run tasks
 """
 
 from __future__ import annotations

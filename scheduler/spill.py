@@ -21,6 +21,7 @@ import weakref
 from collections import deque
 from typing import Any
 
+from scheduler import faults
 from scheduler.errors import SpillError
 from scheduler.limits import format_bytes, page_cache_has_room
 
@@ -166,6 +167,7 @@ class SpillFile:
         while done < nbytes:
             self.require_usable()
             try:
+                faults.point("unspill")
                 count = _read_some(self.fd, into[done:] if done else into, offset + done)
             except OSError as error:
                 raise self._failure("reading", nbytes, offset, error) from error
@@ -179,6 +181,7 @@ class SpillFile:
         while done < nbytes:
             self.require_usable()
             try:
+                faults.point("spill")
                 done += _write_some(self.fd, part[done:] if done else part, offset + done)
             except OSError as error:
                 raise self._failure("writing", nbytes, offset, error) from error

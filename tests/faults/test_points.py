@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800 if SOAK_MINUTES else 12
 
 WORKER = ("start", "hello", "bind", "bound", "task", "ran", "results", "copy", "half", "copied", "reply", "replied")
 DRIVER = ("spawn", "send", "lock", "locked", "allocate", "bury", "repair", "repaired", "buried", "settle", "return")
-ELSEWHERE = ("part",)  # needs the compiled engine: `test_blocked_kill.py`
+ELSEWHERE = ("part", "spill", "unspill")  # the first needs the compiled engine: `test_blocked_kill.py`; `test_spill_points.py`
 FULL = ("allocate", "spawn")  # where a full disk, or memory, is to be expected
 PASSAGES = {
     "worker.start": 2,
