@@ -57,9 +57,9 @@ import shmarray as sa
 from scheduler import faults
 
 def held():
-    "What this process holds: descriptors by what they lead to, children, threads."
+    "What this process holds: descriptors by what they lead to, mappings of shared memory, children, threads."
     gc.collect()
-    files = Counter()
+    files = Counter(f"mapping of {{line.split(maxsplit=5)[5]}}" for line in open("/proc/self/maps") if line.split()[1][3] == "s")
     for number in os.listdir("/proc/self/fd"):
         try:
             files[os.readlink("/proc/self/fd/" + number).split(":[")[0]] += 1
@@ -84,9 +84,6 @@ atexit.register(lambda path=os.path.abspath("ending"): os.close(os.open(path, os
 def check_nothing_left():
     "Call it when every pool is closed and no variable holds one: a closed pool stays mapped for the arrays in it."
     wait_until(lambda: not held() - _before, "the end of all that was begun: " + str(held() - _before), {settle_s})
-    with open("/proc/self/maps") as file:
-        maps = file.read()
-    assert "/dev/shm/" not in maps, maps
 
 """
 
@@ -254,11 +251,26 @@ def _owned() -> tuple[set[int], set[int], set[str]]:
     return fds, children, names
 
 
+def _mappings() -> Iterator[tuple[str, str]]:
+    """Yield (which file, what it is called) of each file or shared memory that this process has mapped for others to see, once.
+
+    Not `Shmem:` of the machine, to which every program beside this one adds: shared memory lives as long as a process, which would be
+    left, a name in /dev/shm, or a descriptor or a mapping holds it, and each of these is looked for.
+    """
+    rows = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    yield from {(f"{row[3]} {row[4]}", row[5]) for row in rows if row[1][3] == "s"}
+
+
 def held() -> Counter[str]:
     """Return what this process holds beside its open pools."""
     gc.collect()
     fds, children, names = _owned()
     found: Counter[str] = Counter()
+    files = [os.fstat(number) for number in fds]
+    owned = {f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x} {file.st_ino}" for file in files}
+    for number, name in _mappings():
+        if number not in owned:
+            found[f"mapping of {name}"] += 1
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             target = os.readlink(f"/proc/self/fd/{number}").partition(":[")[0]

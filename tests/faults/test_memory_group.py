@@ -1,9 +1,10 @@
-"""The kernel's out-of-memory killer, for real: programs in a memory cgroup of their own, where one can be made."""
+"""Programs in a memory cgroup of their own, where one can be made: the out-of-memory killer, for real, and what the kernel counts."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import textwrap
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SETTLE_S, Script, wait_until
 
-from scheduler.limits import _ancestors
+from scheduler.limits import _ancestors, _find_stat
+from scheduler.shared import ROOT as FAMILY
 
 MIB = 1 << 20
 GROUP_NBYTES = 256 * MIB
@@ -45,8 +48,8 @@ def new_group() -> tuple[Path, str, str]:
 
 
 @pytest.fixture
-def script_in_group(script: Callable[..., Any]) -> Iterator[Run]:
-    """``script_in_group(body)`` runs a script in a new group with `GROUP_NBYTES` of memory and no swap. At the end nobody is in it."""
+def group() -> Iterator[Path]:
+    """The folder of a new group with `GROUP_NBYTES` of memory and no swap. At the end nobody may be in it."""
     folder, limit, swap = new_group()
     try:
         folder.mkdir()
@@ -59,9 +62,15 @@ def script_in_group(script: Callable[..., Any]) -> Iterator[Run]:
             pytest.skip(f"the memory of a new cgroup cannot be limited: {error}")
         with contextlib.suppress(OSError):  # swap that is not counted
             (folder / swap).write_text("0" if swap == "memory.swap.max" else str(GROUP_NBYTES))
-        yield lambda body: script(JOIN + textwrap.dedent(body), GROUP=str(folder))
+        yield folder
     finally:
         folder.rmdir()
+
+
+@pytest.fixture
+def script_in_group(script: Callable[..., Any], group: Path) -> Run:
+    """``script_in_group(body)`` runs a script in that group."""
+    return lambda body: script(JOIN + textwrap.dedent(body), GROUP=str(group))
 
 
 def test_a_task_that_the_system_runs_out_of_memory_for_is_named_and_the_pool_works_on(script_in_group: Run) -> None:
@@ -129,3 +138,32 @@ def test_by_default_a_pool_keeps_to_what_its_group_may_use(script_in_group: Run)
         """
     )
     assert outcome.lines == ["True", "True True", "True 0 2", "True"]
+
+
+def test_the_shared_memory_of_a_program_goes_with_it_when_it_is_killed(start: Callable[..., Script], group: Path) -> None:
+    """As the kernel counts it for the group alone; `Shmem:` of the machine has everybody's."""
+
+    def shared_nbytes() -> int:
+        return _find_stat(group / "memory.stat", "shmem") or 0
+
+    running = start(
+        JOIN
+        + textwrap.dedent("""
+        from shmarray import shared
+        pool = sa.Pool(workers=2, memory_limit="64MiB")
+        with pool:
+            x = sa.array(np.ones(1 << 20))
+            y = (x * 2).persist(scheduler="processes")
+            x += y
+            z = shared.array(np.ones(1 << 19))
+            print("there", flush=True)
+            wait_until(lambda: False, "the end")
+        """),
+        GROUP=str(group),
+        **{FAMILY: ""},  # its shared arrays lie in memory of its own, not in ours
+    )
+    running.wait_for("there")
+    assert shared_nbytes() >= 20 << 20
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.end().returncode == -signal.SIGKILL
+    wait_until(lambda: shared_nbytes() == 0, "the end of shared memory", SETTLE_S)
