@@ -48,6 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
     sa.config.set(cache_directory=directory.name)
 
 
+def pytest_collection_finish() -> None:
+    """Spare the collector what stays anyhow, modules and collected tests: a test that asks for a collection waits for its own objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes() -> None:
     """Let go of the shared memory that children find in the environment: processes that run tests side by side are no family."""
