@@ -361,12 +361,16 @@ class Pool:
             except SpillError as error:
                 where = plan.layers[next(i for i, layer in enumerate(plan.layers) if piece_of.keys() & {*layer.reads, *layer.writes})]
                 line = f" (built at {where.line})" if where.line else ""
+                needed, free = sum(sizes), error.free_nbytes
+                if self.memory.spill is not None and isinstance(error.__cause__, OSError):
+                    free = self.memory.spill.free_nbytes()  # with what was reserved of it and given back
+                    error = self.memory.spill.refusal(needed, free, error.__cause__)
                 return SpillError(
                     f"running {where.name!r}{line} was not begun: the temporaries for which there is no memory ({len(each)}) need "
-                    f"{format_bytes(sum(sizes))} of spill space at their peak. {error}",
+                    f"{format_bytes(needed)} of spill space at their peak. {error}",
                     path=error.path,
-                    needed_nbytes=sum(sizes),
-                    free_nbytes=error.free_nbytes,
+                    needed_nbytes=needed,
+                    free_nbytes=free,
                     errno=error.errno,
                 )
             room.spilled = {buffer: pieces[piece] for buffer, piece in piece_of.items()}

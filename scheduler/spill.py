@@ -110,24 +110,28 @@ class SpillFile:
         if nbytes <= 0:
             return
         self.require_usable()
+        free = self.free_nbytes()  # before: what was set aside of the range until the disk was full is given back later
         try:
             os.posix_fallocate(self.fd, offset, nbytes)
         except OSError as error:
-            free = self.free_nbytes()
-            reason = {
-                errno.ENOSPC: "the disk is full",
-                errno.EDQUOT: "the user's quota is used up",
-                errno.EFBIG: "the file would be larger than the file system or the limit on file sizes (ulimit -f) allows",
-            }.get(error.errno or 0, error.strerror)
-            raise SpillError(
-                f"reserving {format_bytes(nbytes)} of spill space in {self.directory!r} failed, {format_bytes(free)} are free there: "
-                f"{reason}. Nothing was lost. Free space, delete stored arrays, set spill_directory to a larger disk, or raise "
-                f"memory_limit.",
-                path=self.directory,
-                needed_nbytes=nbytes,
-                free_nbytes=free,
-                errno=error.errno,
-            ) from error
+            raise self.refusal(nbytes, free, error) from error
+
+    def refusal(self, nbytes: int, free_nbytes: int, error: OSError) -> SpillError:
+        """Return what is to be told when ``nbytes`` could not be reserved, with what was free."""
+        reason = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the user's quota is used up",
+            errno.EFBIG: "the file would be larger than the file system or the limit on file sizes (ulimit -f) allows",
+        }.get(error.errno or 0, error.strerror)
+        return SpillError(
+            f"reserving {format_bytes(nbytes)} of spill space in {self.directory!r} failed, {format_bytes(free_nbytes)} are free there: "
+            f"{reason}. Nothing was lost. Free space, delete stored arrays, set spill_directory to a larger disk, or raise "
+            f"memory_limit.",
+            path=self.directory,
+            needed_nbytes=nbytes,
+            free_nbytes=free_nbytes,
+            errno=error.errno,
+        )
 
     def punch(self, offset: int, nbytes: int) -> None:
         """Give the space of a range back to the file system; it reads as zeros from then on."""

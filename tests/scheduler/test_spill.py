@@ -409,11 +409,14 @@ class Disk:
         def limited(fd: int, offset: int, nbytes: int) -> None:
             used = os.fstat(fd).st_blocks * 512
             if used + nbytes > self.nbytes:
+                if used + 4096 <= self.nbytes:
+                    fallocate(fd, offset, (self.nbytes - used) // 4096 * 4096)  # as file systems do: all that there is, and then fail
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             fallocate(fd, offset, nbytes)
             self.most = max(self.most, used + nbytes)
 
         monkeypatch.setattr(os, "posix_fallocate", limited)
+        monkeypatch.setattr(SpillFile, "free_nbytes", lambda file: self.nbytes - os.fstat(file.fd).st_blocks * 512)
 
 
 class Add:
@@ -482,16 +485,18 @@ def test_a_plan_reserves_its_disk_before_it_begins(
 
 @pytest.mark.parametrize("executor", ["synchronous", "threads", "processes"])
 def test_a_plan_that_cannot_fit_the_disk_is_refused_before_anything_runs(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch, executor: str
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, executor: str, tmp_path: Path
 ) -> None:
     Disk(monkeypatch, 31 * MIB)
-    plan, told, _expected = chain(pool, 5)
+    plan, ran, _expected = chain(pool, 5)
     with pytest.raises(
         SpillError, match=r"running 'fill' \(built at script.py:4\) was not begun: the temporaries .* \(5\) need 32 MiB"
     ) as caught:
         pool.run(plan, executor)
-    assert "disk is full" in str(caught.value) and caught.value.needed_nbytes == 32 * MIB and caught.value.errno == errno.ENOSPC
-    assert told[0] == 0
+    assert "31 MiB are free there: the disk is full" in str(caught.value) and str(tmp_path) in str(caught.value)
+    told = caught.value
+    assert (told.path, told.needed_nbytes, told.free_nbytes, told.errno) == (str(tmp_path), 32 * MIB, 31 * MIB, errno.ENOSPC)
+    assert ran[0] == 0
     assert pool.statistics().spilled_nbytes == 0
     assert pool.memory.spill is not None and pool.memory.spill.resident_nbytes() < MIB
     pool.check()
