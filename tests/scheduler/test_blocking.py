@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from soak import SOAK_MINUTES
 
 from scheduler import blocking
 from scheduler.blocking import DEPTH, blocked
@@ -190,7 +191,7 @@ def parts_of(kernel: Any, task: int) -> list[tuple[Marked, list[int]]]:
     ]
 
 
-@pytest.mark.parametrize("seed", range(250))
+@pytest.mark.parametrize("seed", range(250 if SOAK_MINUTES else 120))
 def test_blocks_do_what_the_steps_do_in_order(seed: int) -> None:
     rng = random.Random(seed)
     made = Simulation(rng)
@@ -213,27 +214,27 @@ def test_the_model_sees_blocks_that_go_too_far(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(blocking, "_regions", greedy)
     wrong = 0
-    for seed in range(60):
+    for seed in range(30):
         rng = random.Random(seed)
         made = Simulation(rng)
         together, done = blocked(made.steps, 2)
         memory = Memory(made.steps)
         run_at_random(chain([*together, *made.steps[done:]]), memory, rng, 2, deaths=0)
         wrong += memory.bytes != in_order(made.steps)
-    assert wrong > 10
+    assert wrong > 5
 
 
 def test_simulations_are_cut_into_blocks_and_workers_do_die() -> None:
     """What the test of all seeds stands on."""
     cut = died = wrapped = 0
-    for seed in range(60):
+    for seed in range(30):
         rng = random.Random(seed)
         made = Simulation(rng)
         together, done = blocked(made.steps, 2)
         cut += bool(done)
         wrapped += any(len(step.plan.layers) == 3 for step in together)
         died += run_at_random(chain([*together, *made.steps[done:]]), Memory(made.steps), rng, 2, deaths=3)
-    assert cut > 15 and wrapped > 3 and died > 30
+    assert cut > 7 and wrapped > 1 and died > 30
 
 
 # ----------------------------------------------------------------------------------------------------------- by itself
