@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import mmap
 import os
 import select
 import signal
@@ -127,7 +128,16 @@ def abort(array: Any) -> None:
     os.abort()
 
 
-DEATHS = {"SIGKILL": kill, "exit code 0": leave, "SIGSEGV": crash, "SIGABRT": abort}
+def shrink(array: Any) -> None:
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)
+    fd = os.memfd_create("shrinks")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    mapped = mmap.mmap(fd, mmap.PAGESIZE)
+    os.ftruncate(fd, 0)
+    mapped[0]
+
+
+DEATHS = {"SIGKILL": kill, "exit code 0": leave, "SIGSEGV": crash, "SIGABRT": abort, "SIGBUS": shrink}
 
 
 def dying(how: Callable[[Any], None], times: int) -> Callable[[Any, int], None]:
