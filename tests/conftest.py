@@ -11,6 +11,7 @@ import fcntl
 import gc
 import os
 import pty
+import signal
 import struct
 import tempfile
 import termios
@@ -41,7 +42,9 @@ LONG_S = 90.0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled kernels out of the user's cache: here, and in the scripts that tests start."""
+    """Keep compiled kernels out of the user's cache: here, and in the scripts that tests start. Let Ctrl-C come, which tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # by a shell, for what it runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     directory = tempfile.TemporaryDirectory(prefix="shmarray-tests-")
     config.add_cleanup(directory.cleanup)
     os.environ["SHMARRAY_CACHE_DIRECTORY"] = directory.name
