@@ -59,7 +59,8 @@ from scheduler import faults
 def held():
     "What this process holds: descriptors by what they lead to, mappings of shared memory, children, threads."
     gc.collect()
-    files = Counter(f"mapping of {{line.split(maxsplit=5)[5]}}" for line in open("/proc/self/maps") if line.split()[1][3] == "s")
+    with open("/proc/self/maps") as file:
+        files = Counter("mapping of " + line.split(maxsplit=5)[5] for line in file if line.split()[1][3] == "s")
     for number in os.listdir("/proc/self/fd"):
         try:
             files[os.readlink("/proc/self/fd/" + number).split(":[")[0]] += 1
