@@ -375,8 +375,8 @@ _LIBMVEC = "exp, sin and the like are called number by number in compiled code. 
 _HUGE = "/sys/kernel/mm/transparent_hugepage/"
 _HUGE_PRIVATE = f"results cost more page faults: echo madvise > {_HUGE}enabled (as root)."
 _HUGE_SHARED = (
-    f"stored arrays are read a fifth slower, and written slower the first time. Either: echo advise > {_HUGE}shmem_enabled (as root), or "
-    f"let users have user namespaces."
+    f"stored arrays are read a fifth slower, and written slower the first time. Where user namespaces are forbidden, allow them; or, as "
+    f"root: echo advise > {_HUGE}shmem_enabled."
 )
 _AS = "shared memory is mapped smaller, here and in every worker: ulimit -v unlimited."
 _NOFILE = "a pool needs some 10 descriptors and 4 for each worker: ulimit -n 1024."

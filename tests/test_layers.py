@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first; files of one line know nothing of each other.
 SCHEDULER = """
-__init__ executors.__init__ errors faults limits
+__init__ executors.__init__ errors faults limits hugepages
 task spill
 state segments extents results locks watch
 redo ownership rendezvous
@@ -141,6 +141,7 @@ DOORS = {
     "scheduler.collection": {"store"},
     "scheduler.journal": {"packing", "store"},
     "scheduler.rendezvous": {"store"},
+    "scheduler.hugepages": {"doctor"},
     "scheduler.spill": {"doctor"},
     "scheduler.results": {"plan", "stages"},
 }
