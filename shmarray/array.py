@@ -22,7 +22,7 @@ from shmarray.chunks import Chunks, chunk_box, normalize_chunks
 from shmarray.explain import Explanation, explain
 from shmarray.expr import Expr, line_of, postorder, user_line
 from shmarray.handle import Handle, as_handle, is_linking, register, value_of, wrap, wrap_stored
-from shmarray.ops import accumulators, blocks, creation, elementwise, linalg, overlap, reductions, shaping
+from shmarray.ops import accumulators, blocks, creation, elementwise, linalg, masked, overlap, reductions, shaping
 from shmarray.ops.gather import is_traced
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
@@ -394,15 +394,17 @@ class Array(Handle):
     # --- indexing ----------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: Any) -> Any:
-        return shaping.getitem(self, key)
+        chosen = masked.choose(self, key) if is_linking() else None
+        return shaping.getitem(self, key) if chosen is None else chosen
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Write ``value``, cast and broadcast, at ``key``: into the memory of a stored array, else into this handle's expression."""
         parts = key if isinstance(key, tuple) else (key,)
-        value = as_handle(value)
         if any(isinstance(p, (list, np.ndarray, Handle, bool, np.bool_)) for p in parts):
-            self._set_fancy(key, value)
+            if not masked.assign(self, key, value):
+                self._set_fancy(key, as_handle(value))
             return
+        value = as_handle(value)
         if self._storage is None:
             if value._link is None or value.node is not shaping.view_of(self, index_map(key, self.shape)).node:
                 self._assign(shaping.setitem_node(self.node, key, value))

@@ -23,6 +23,7 @@ from shmarray.expr import Expr, Held, InMemory, Stored, make
 from shmarray.storage import Layout, Storage
 
 __all__ = [
+    "Chosen",
     "Handle",
     "Link",
     "as_handle",
@@ -118,6 +119,15 @@ class Handle:
     def ndim(self) -> int:
         """The number of axes."""
         return len(self.shape)
+
+
+class Chosen:
+    """What stands for elements of which it is not known yet how many there are; `apply` computes with them, elementwise."""
+
+    __slots__ = ()
+
+    def apply(self, name: str, args: tuple[Any, ...], params: dict[str, Any]) -> Any:
+        raise NotImplementedError
 
 
 def register(cls: type[Handle]) -> None:

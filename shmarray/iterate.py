@@ -75,8 +75,8 @@ class _Role(Storage):
             f"computing an array inside a step of iterate(), at {user_line()}: the step is called once, with arrays that have no values "
             f"yet, to find out what it computes. So it cannot branch on values, print them, or turn them into numbers. Use sa.where for "
             f"choices, until= to stop, observe= and callback= to look, scalars= for numbers that vary by step. What is computed at once "
-            f"has no place in it: sort, elements picked by masks or from NumPy arrays (sa.take(array, index) picks from these), values "
-            f"assigned to index arrays (sa.add.at adds them), writing into stored arrays but a copy() of them."
+            f"has no place in it: sort, the number of elements that a mask picks, picking from NumPy arrays (sa.take(array, index) does), "
+            f"values assigned to index arrays made of the state (sa.add.at adds them), writing into stored arrays but a copy() of them."
         )
 
     def requests(self, layout: Layout, mode: str) -> list[LockRequest]:
@@ -134,8 +134,8 @@ def iterate(
 
     ``step`` takes the arrays of the state, and returns as many, of the same shapes and dtypes; it is called once, with arrays that
     have no values, and what it computes is run for every step: with two sets of buffers, and without a barrier between steps. Slices,
-    `roll`, `pad`, ``v = u.copy(); v[1:-1] = ...``, reductions, masks, other stored arrays, and indices made of the state (``u[i]``,
-    ``add.at(v, i, w)``, ``bincount(i, w, minlength=n)``) may stand in it. Views are of the same memory,
+    `roll`, `pad`, ``v = u.copy(); v[1:-1] = ...``, reductions, masks (``v[m] = u[m] * 2``, ``u[m].sum()``), other arrays, and indices made
+    of the state (``u[i]``, ``add.at(v, i, w)``, ``bincount(i, w, minlength=n)``) may stand in it. Views are of the same memory,
     as in NumPy: ``inner = v[1:-1]; inner[...] = ...`` and ``out=v[1:]`` write ``v``. Random numbers drawn in it
     are new in every step, and depend on the seed and the number of the step alone.
 
@@ -222,6 +222,11 @@ def _check_outs(outs: tuple[Any, ...] | None, arrays: tuple[Any, ...]) -> None:
                 raise ValueError(f"iterate(out=...): arrays {n} and {k} share memory, and cannot hold a field each")
 
 
+def _is_broadcast(node: InMemory | Stored) -> bool:
+    strides = node.held.array.strides if isinstance(node, InMemory) else node.strides
+    return any(n > 1 and stride == 0 for n, stride in zip(node.shape, strides, strict=True))
+
+
 def _is_whole(x: Any) -> bool:
     return x._storage is not None and x._layout == x._storage.layout and not x._storage.is_shared
 
@@ -258,9 +263,10 @@ class _Loop:
         nodes = list(postorder([*self.new, *self.looks]))
         self.readers = {x: node for node in nodes for x in node.inputs}
         self.inputs = [node for node in nodes if isinstance(node, Stored) and not node.storage.is_role]
-        # What workers may not reach: see `_reach`. With the copies that stand for it, once it is known that they do not.
+        # What lies outside of the pool's memory: see `_reach`. With the copies that stand for it.
         self.outside = [n for n in nodes if isinstance(n, InMemory) or (n in self.inputs and n.storage.pool is not pool)]
         self.copies: list[Storage] = []
+        self.is_copied = False  # and the copies are what is there now
         self.is_reached = not self.outside or self.scheduler == "threads"
         own: dict[int, Storage] = {}
         self.own = own  # storages that may be written
@@ -389,15 +395,21 @@ class _Loop:
         return place, max(FEWEST, min(MOST, wanted, int((READ_S if self.is_published else MOST_S) / step_s)))
 
     def _reach(self) -> None:
-        """Have copies stand for arrays that lie in this process's own memory, where workers may not reach that."""
+        """Have copies stand for arrays that lie in this process's own memory.
+
+        Workers may not reach that; where they do, they would copy what they read in every step, and could not do steps block by block.
+        """
         if self.is_reached:
             return
         self.is_reached = True
         if self.pool.is_driver_reachable:
             run([in_memory(np.zeros(1))], [Target((1,), np.dtype(float))], "processes", self.pool)  # finds out
-        if self.pool.is_driver_reachable:
+        if self.pool.is_driver_reachable:  # else there is no other way than copies, whatever they take
+            self.outside = [n for n in self.outside if not _is_broadcast(n)]
+        copies = [Storage(self.pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype)) for n in self.outside]
+        if self.pool.is_driver_reachable and any(copy.is_spilled for copy in copies):
             return
-        self.copies = [Storage(self.pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype)) for n in self.outside]
+        self.copies = copies
         new: dict[Expr, Expr] = {
             node: make(Stored, copy.shape, copy.dtype, copy, 0, copy.layout.strides, None)
             for node, copy in zip(self.outside, self.copies, strict=True)
@@ -500,6 +512,7 @@ class _Loop:
             is_enough = self.until is not None and bool(np.all(looks.pop(0)))
             if callback is not None:
                 callback(Frame(start + done, time.perf_counter() - began, self._state(), dict(zip(self.observe, looks, strict=True))))
+                self.is_copied = False  # it may have written what the step reads
             if is_enough:
                 break
         watch.end(done, self._values)
@@ -544,8 +557,10 @@ class _Loop:
         uses += [(s, s.layout, "w") for s in self.own.values()]
         with hold_all(uses):
             check_inputs(self.inputs, self.readers)
-            for node, copy in zip(self.outside, self.copies, strict=False):  # what is there now
-                copy.fill(copy.layout, node.held.array if isinstance(node, InMemory) else node.storage.read(Layout.of(node)))
+            if not self.is_copied:
+                for node, copy in zip(self.outside, self.copies, strict=False):
+                    copy.fill(copy.layout, node.held.array if isinstance(node, InMemory) else node.storage.read(Layout.of(node)))
+                self.is_copied = bool(self.copies)
             for storage in self.fields:
                 storage.check_whole(storage.layout)
             begun: list[Storage] = []

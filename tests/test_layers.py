@@ -61,7 +61,7 @@ pipeline
 ops.elementwise ops.random ops.gather
 ops.shaping
 ops.creation ops.reductions ops.blocks ops.lines ops.sampled
-ops.linalg ops.accumulators ops.padding ops.overlap iterate
+ops.linalg ops.accumulators ops.masked ops.padding ops.overlap iterate
 array
 __init__ doctor
 __main__

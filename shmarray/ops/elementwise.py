@@ -16,7 +16,7 @@ import numpy as np
 from shmarray.chunks import broadcast_chunks
 from shmarray.dtypes import cast_dtype, checked_dtype, result_dtypes
 from shmarray.expr import Elementwise, Expr, exact, make
-from shmarray.handle import Handle, as_handle, as_node, value_of, wrap
+from shmarray.handle import Chosen, Handle, as_handle, as_node, value_of, wrap
 from shmarray.ops.table import ROWS, row_for
 from shmarray.region import broadcast_shape
 
@@ -29,6 +29,8 @@ def apply(name: str, *args: Any, **params: Any) -> Any:
     """Return row ``name`` of array-likes and scalars: an `Array`, or a tuple of them where the row has several outputs."""
     row = row_for(name)
     for a in args:
+        if isinstance(a, Chosen):
+            return a.apply(name, args, params)
         if isinstance(a, np.matrix):
             raise TypeError(f"operand of {name} is a np.matrix, whose operators mean other things than an array's: give np.asarray(m)")
     nodes = [as_node(a, f"operand of {name}") for a in args]
