@@ -549,9 +549,9 @@ class _Loop:
 
     def _advance(self, place: str, first: int, count: int, *, is_look: bool) -> None:
         """Do ``count`` steps from number ``first`` on; with the last of them compute what was asked for, if ``is_look``."""
+        self._next(self.fields)  # allocates what is missing, before anything is held
         if place == "pool":
             self._reach()
-        self._next(self.fields)  # allocates what is missing, before anything is held
         uses = [(n.storage, Layout.of(n), "r") for n in self.inputs]
         uses += [(s, s.layout, "r") for s in dict.fromkeys(self.fields) if s.identity not in self.own]
         uses += [(s, s.layout, "w") for s in self.own.values()]
