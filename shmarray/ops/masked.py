@@ -206,6 +206,9 @@ def assign(x: Any, key: Any, value: Any) -> bool:
 
 
 def _overwrite(x: Any, mask: Any, value: Any) -> None:
+    value = as_handle(value)
+    if value.ndim and value.dtype != x.dtype:  # a NaN that is not picked becomes no integer, and is not warned of
+        value = elementwise.where(mask, value, value.dtype.type(0))
     x._overwrite(elementwise.where(mask, elementwise.astype(value, x.dtype), x).node)
 
 

@@ -66,6 +66,7 @@ def held():
             files[os.readlink("/proc/self/fd/" + number).split(":[")[0]] += 1
         except OSError:
             pass  # of the listing itself
+    files.pop("/", None)  # where memory files of huge pages are made: once, kept as long as the process
     children = Counter("child" for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE)
     return files + children + Counter(thread.name for thread in threading.enumerate())
 

@@ -22,15 +22,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="user namespaces
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
-def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a machine where they are not thought worth it."""
-    monkeypatch.setenv(hugepages.HUGE_FILES, "1")
-
-
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not asked yet."""
+    monkeypatch.delenv(hugepages.HUGE_FILES, raising=False)
     monkeypatch.setattr(hugepages, "_root", None)
     monkeypatch.setattr(hugepages, "_why_none", None)
     yield
@@ -165,25 +160,6 @@ def test_they_can_be_switched_off(anew: None, monkeypatch: pytest.MonkeyPatch, t
 
     assert hugepages.huge_file() is None
     assert hugepages.HUGE_FILES in str(hugepages.why_none())
-
-
-@pytest.mark.parametrize(
-    ("device", "features", "takes"),
-    [("0x0005", "0110010100", True), ("0x0005", "0110000100", False), ("0x0001", "0110010100", False), ("0x0005", "", False)],
-)
-def test_a_host_that_takes_unused_memory_back_is_left_its_huge_pages(
-    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, features: str, takes: bool
-) -> None:
-    for name, written in ("never", "[never]"), ("device", device), ("features", features):
-        (tmp_path / "virtio0").mkdir(exist_ok=True)
-        (tmp_path / "virtio0" / name).write_text(written + "\n")
-    monkeypatch.setattr(hugepages, "_SETTING", str(tmp_path / "virtio0" / "never"))
-    monkeypatch.setattr(hugepages, "_VIRTIO", str(tmp_path))
-    monkeypatch.setattr(hugepages, "_MOUNT", "import sys; sys.exit('tried')")
-    monkeypatch.delenv(hugepages.HUGE_FILES)
-
-    assert hugepages.huge_file() is None
-    assert ("host" if takes else "tried") in str(hugepages.why_none())
 
 
 def test_what_a_child_of_a_fork_writes_stays_its_own(file: int) -> None:

@@ -91,9 +91,17 @@ def number_and_mask(v: Any, u: Any) -> None:
     v[u[:, 3] > 0, 3] = -2
 
 
-ON_SQUARES = {
-    f.__name__: f for f in (scalar, elements, in_place, quotient, sums, constant, rows_by_mask, constant_rows, indices, number_and_mask)
-}
+def other_dtypes(v: Any, u: Any) -> None:
+    m = u > 0.2
+    n = v * 0
+    n[~m] = np.nan
+    k = (u * 10).astype(int)
+    k[m] = n[m] + 2.7
+    v[...] = k
+
+
+CHANGES = (scalar, elements, in_place, quotient, sums, constant, rows_by_mask, constant_rows, indices, number_and_mask, other_dtypes)
+ON_SQUARES = {f.__name__: f for f in CHANGES}
 
 
 def bounced(v: Any, u: Any) -> None:
