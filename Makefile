@@ -34,7 +34,7 @@ test: $(VENV)/.test-installed $(VENV)/.demo-installed
 	$(TESTS)
 	$(BIN)/python -m pytest --doctest-modules shmarray --ignore=shmarray/kernels/llvm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[jit]"
-	$(TESTS) tests/shmarray/test_llvm_*.py tests/shmarray/test_blocked_steps.py tests/faults/test_blocked_kill.py tests/shmarray/test_explain.py tests/test_docs.py
+	$(TESTS) tests/shmarray/test_llvm_*.py tests/shmarray/test_blocked_steps.py tests/shmarray/test_masks_in_steps.py tests/faults/test_blocked_kill.py tests/shmarray/test_explain.py tests/test_docs.py
 	$(TESTS) tests/shmarray/test_exactly_once.py -k llvm
 
 # Prints the first seed; SHMARRAY_SOAK_SEED=... repeats from there.

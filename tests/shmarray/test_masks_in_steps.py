@@ -190,6 +190,7 @@ def test_random_masks_are_numpys(data: st.DataObject) -> None:
 
 def test_masks_are_one_kernel_and_block_by_block(monkeypatch: pytest.MonkeyPatch, small_grids: Callable[..., Any]) -> None:
     """Also with arrays of NumPy's, which are copied to where workers reach them, and again when a callback has written them."""
+    pytest.importorskip("llvmlite", reason="steps go block by block in compiled code (extra jit)")
     loops = sys.modules["shmarray.iterate"]  # the package's `iterate` is the function
     blocks: list[int] = []
     blocked = loops.blocked
