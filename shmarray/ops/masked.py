@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shmarray.handle import Chosen, Handle, as_handle, is_linking
+from shmarray.handle import Chosen, Handle, as_handle, is_linking, value_of
 from shmarray.ops import elementwise, reductions
 from shmarray.ops.gather import is_traced
 from shmarray.ops.shaping import broadcast_to, reshape, view_of
@@ -171,6 +171,11 @@ def choose(x: Any, key: Any) -> Selection | None:
     view, mask, behind = place
     if not is_traced(mask) and (mask.ndim == 1 or not is_traced(x)):
         return None  # how many it picks is known
+    return _selection(view, mask, behind)
+
+
+def _selection(view: Any, mask: Any, behind: int) -> Selection:
+    view, mask = value_of(view), value_of(mask)  # a copy, in NumPy: what is written into either later does not reach it
     return Selection(view, mask[(..., *(None,) * behind)], behind, mask)
 
 
@@ -185,7 +190,7 @@ def assign(x: Any, key: Any, value: Any) -> bool:
     place = _place(x, key)
     if place is not None:
         view, mask, behind = place
-        here = Selection(view, mask[(..., *(None,) * behind)], behind, mask)
+        here = _selection(view, mask, behind)
         if not has_values or isinstance(value, Selection) or np.ndim(value) <= behind or np.shape(value)[-behind - 1] == 1:
             _overwrite(view, here.mask, here.operand(value, "assignment"))
             return True

@@ -100,7 +100,18 @@ def other_dtypes(v: Any, u: Any) -> None:
     v[...] = k
 
 
+def picked_before(v: Any, u: Any) -> None:
+    m = u > 0.2
+    w, total = v[m], v[m]
+    v[m] = 0
+    v[m] = w + 1
+    picked = v[m]
+    m[:4] = False
+    v[0, 0] += total.sum() + picked.sum()
+
+
 CHANGES = (scalar, elements, in_place, quotient, sums, constant, rows_by_mask, constant_rows, indices, number_and_mask, other_dtypes)
+CHANGES += (picked_before,)
 ON_SQUARES = {f.__name__: f for f in CHANGES}
 
 
