@@ -134,7 +134,8 @@ def _picked(x: Any, key: Any) -> Any:
     """
     parts = [np.asarray(p) if isinstance(p, list) else p for p in (key if isinstance(key, tuple) else (key,))]
     at = [k for k, p in enumerate(parts) if isinstance(p, (Handle, np.ndarray))]
-    if not any(is_traced(parts[k]) for k in at) and not (is_traced(x) and len(at) > 1):
+    has_several = len(at) > 1 or any(isinstance(p, (int, np.integer)) for p in parts)
+    if not any(is_traced(parts[k]) for k in at) and not (is_traced(x) and has_several):
         return None
     if any(isinstance(p, (bool, np.bool_)) for p in parts) or any(parts[k].dtype.kind == "b" for k in at):
         return None  # how many a mask picks is not known

@@ -110,8 +110,14 @@ def picked_before(v: Any, u: Any) -> None:
     v[0, 0] += total.sum() + picked.sum()
 
 
+def number_and_indices(v: Any, u: Any) -> None:
+    v[[3, 6, 7], 0] = u[[1, 5, 8], 0]
+    v[2, [3, 4]] *= 2
+    v[np.array([[2, 3], [4, 5]]), 1] += 0.5
+
+
 CHANGES = (scalar, elements, in_place, quotient, sums, constant, rows_by_mask, constant_rows, indices, number_and_mask, other_dtypes)
-CHANGES += (picked_before,)
+CHANGES += (picked_before, number_and_indices)
 ON_SQUARES = {f.__name__: f for f in CHANGES}
 
 
