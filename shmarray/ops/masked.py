@@ -18,7 +18,7 @@ import numpy as np
 from shmarray.handle import Chosen, Handle, as_handle, is_linking, value_of
 from shmarray.ops import elementwise, reductions
 from shmarray.ops.gather import is_traced
-from shmarray.ops.shaping import broadcast_to, reshape, view_of
+from shmarray.ops.shaping import broadcast_to, reshape, take, view_of
 from shmarray.ops.table import ROWS
 from shmarray.region import index_map
 
@@ -64,7 +64,7 @@ class Selection(Chosen, np.lib.mixins.NDArrayOperatorsMixin):
     def operand(self, value: Any, name: str) -> Any:
         """Return an operand as it stands beside `values`."""
         if isinstance(value, Selection):
-            if value.picked.node is not self.picked.node or value.behind != self.behind:
+            if not _is_same(value.picked, self.picked) or value.behind != self.behind:
                 raise TypeError(f"{name} of elements that two different masks pick, or along different axes, {_WHY}")
             return value.values
         return self.fitted(value, name)
@@ -75,9 +75,14 @@ class Selection(Chosen, np.lib.mixins.NDArrayOperatorsMixin):
             return value
         x = as_handle(value)
         cut = x.ndim - self.behind - 1
-        if x.shape[cut] != 1:
-            raise TypeError(f"{name} of elements that a mask picks and an array of shape {x.shape}, {_WHY}")
-        return x[(*(slice(None),) * cut, 0, *(None,) * self.picked.ndim)]
+        if x.shape[cut] == 1:
+            return x[(*(slice(None),) * cut, 0, *(None,) * self.picked.ndim)]
+        if not is_traced(self.picked):
+            known = np.asarray(self.picked)
+            if x.shape[cut] == np.count_nonzero(known):  # each goes to its place; any to those that are not picked
+                places = np.maximum(np.cumsum(known) - 1, 0).reshape(known.shape)
+                return take(x, places, cut) if x.shape[cut] else x.dtype.type(0)
+        raise TypeError(f"{name} of elements that a mask picks and an array of shape {x.shape} {_WHY}")
 
     def astype(self, dtype: Any, casting: str = "unsafe") -> Selection:
         """Return the elements with another dtype."""
@@ -104,7 +109,22 @@ class Selection(Chosen, np.lib.mixins.NDArrayOperatorsMixin):
         raise TypeError(f"the number of elements that a mask picks {_WHY}; mask.sum() is an array of it")
 
     def __getitem__(self, key: Any) -> Any:
-        raise TypeError(f"single elements of those that a mask picks {_WHY}")
+        """Return ``self[key]`` where ``key`` leaves the axis of the mask whole: directions of a lattice, components."""
+        parts = list(key) if isinstance(key, tuple) else [key]
+        front = self.values.ndim - self.behind - self.picked.ndim
+        dots = [k for k, p in enumerate(parts) if p is Ellipsis] or [len(parts)]
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (front + 1 + self.behind - sum(p is not Ellipsis for p in parts))
+        numbers = [isinstance(p, (int, np.integer)) and not isinstance(p, bool) for p in parts]
+        lists = [isinstance(p, (list, np.ndarray)) and np.asarray(p).dtype.kind in "iu" and np.ndim(p) == 1 for p in parts]
+        is_known = all(isinstance(p, slice) or n or i for p, n, i in zip(parts, numbers, lists, strict=True))
+        if len(parts) != front + 1 + self.behind or parts[front] != slice(None) or not is_known or sum(lists) + any(numbers) > 1:
+            raise TypeError(f"single elements of those that a mask picks {_WHY}")
+        behind = self.behind - sum(numbers[front + 1 :])
+        parts[front : front + 1] = [slice(None)] * self.picked.ndim
+        return _selection(self.values[tuple(parts)], self.picked, behind)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{name} of elements that a mask picks {_WHY}", name=name, obj=self)
 
     def _reduced(self, name: str, axis: Any, dtype: Any, out: Any, **more: Any) -> Any:
         if axis is not None or out is not None:
@@ -126,13 +146,13 @@ class Selection(Chosen, np.lib.mixins.NDArrayOperatorsMixin):
         """Return the mean; of no elements NaN, and a warning."""
         return self._reduced("mean", axis, dtype, out)
 
-    def std(self, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
+    def std(self, axis: Any = None, dtype: Any = None, out: Any = None, ddof: int = 0) -> Any:
         """Return the standard deviation."""
-        return self._reduced("std", axis, dtype, out)
+        return self._reduced("std", axis, dtype, out, ddof=ddof)
 
-    def var(self, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
+    def var(self, axis: Any = None, dtype: Any = None, out: Any = None, ddof: int = 0) -> Any:
         """Return the variance."""
-        return self._reduced("var", axis, dtype, out)
+        return self._reduced("var", axis, dtype, out, ddof=ddof)
 
     def any(self, axis: Any = None, out: Any = None) -> Any:
         """Return whether any is true."""
@@ -152,6 +172,11 @@ class Selection(Chosen, np.lib.mixins.NDArrayOperatorsMixin):
 
 
 _WHY = "is not known while a step of iterate() is traced. They go together with numbers and with what else the same mask picks"
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two masks are one: the same expression, or of the same values (``~wall`` is a new array each time)."""
+    return a.node is b.node or (not (is_traced(a) or is_traced(b)) and np.array_equal(np.asarray(a), np.asarray(b)))
 
 
 def _bound(dtype: np.dtype[Any], which: int) -> Any:

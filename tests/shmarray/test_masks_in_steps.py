@@ -116,8 +116,18 @@ def number_and_indices(v: Any, u: Any) -> None:
     v[np.array([[2, 3], [4, 5]]), 1] += 0.5
 
 
+def values_by_place(v: Any, u: Any) -> None:
+    v[SOLID] += SQUARE[SOLID]
+    v[~SOLID] = u[~SOLID] * SQUARE[~SOLID] - 1
+    v[np.zeros(SOLID.shape, bool)] -= np.zeros(0)
+
+
+def spread(v: Any, u: Any) -> None:
+    v[u > 0.1] -= np.std(u[u > 0.1]) + u[u > 0.1].var(ddof=1)
+
+
 CHANGES = (scalar, elements, in_place, quotient, sums, constant, rows_by_mask, constant_rows, indices, number_and_mask, other_dtypes)
-CHANGES += (picked_before, number_and_indices)
+CHANGES += (picked_before, number_and_indices, values_by_place, spread)
 ON_SQUARES = {f.__name__: f for f in CHANGES}
 
 
@@ -141,7 +151,19 @@ def in_the_middle(v: Any, u: Any) -> None:
     v[:, u[0, :, 2] > 0, 1:4] -= u[:, u[0, :, 2] > 0, 2:5]
 
 
-ON_STACKS = {f.__name__: f for f in (bounced, constant_bounced, in_the_middle)}
+def directions(v: Any, u: Any) -> None:
+    solid = u[0] > 0.2
+    back = u[:, solid][[0, 2, 1, 4, 3]]
+    v[:, solid] = back * 0.5
+    v[:, SOLID] = u[:, SOLID][::-1, :]
+    v[0, solid] += u[:, solid][1, :] - u[:, solid][-1]
+    rows = u[:, :, 0] > 0
+    v[rows] += u[rows][:, ::-1]
+    v[rows, 1] = u[rows][..., 2] * v[rows, 3]
+    v[:, SOLID] += SQUARE[SOLID] * np.arange(5.0)[:, None]
+
+
+ON_STACKS = {f.__name__: f for f in (bounced, constant_bounced, in_the_middle, directions)}
 
 
 def check(step: Step, state: np.ndarray, steps: int = 3, **options: Any) -> None:
@@ -264,6 +286,9 @@ ERRORS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "of two masks": (lambda u: u[u > 0] + u[u > 1], TypeError, "two different masks"),
     "counted": (lambda u: len(u[u > 0]), TypeError, r"mask.sum\(\)"),
     "one of them": (lambda u: u[u > 0][0], TypeError, "single elements"),
+    "some of them": (lambda u: u[u > 0][1:], TypeError, "single elements"),
+    "too many axes": (lambda u: u[u > 0][:, 0], TypeError, "single elements"),
+    "its attributes": (lambda u: u * u[u > 0].size, AttributeError, "size of elements that a mask picks"),
     "values of": (lambda u: np.asarray(u[u > 0]), TypeError, "not known"),
     "reduced along an axis": (lambda u: u[u > 0].sum(axis=0), TypeError, "without either"),
     "another shape": (lambda u: u[u[:2] > 0], IndexError, "mask of shape"),
