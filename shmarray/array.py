@@ -21,7 +21,7 @@ from shmarray import compute as running
 from shmarray.chunks import Chunks, chunk_box, normalize_chunks
 from shmarray.explain import Explanation, explain
 from shmarray.expr import Expr, line_of, postorder, user_line
-from shmarray.handle import Handle, as_handle, is_linking, register, value_of, wrap, wrap_stored
+from shmarray.handle import Handle, Link, as_handle, is_linking, register, value_of, wrap, wrap_linked, wrap_stored
 from shmarray.ops import accumulators, blocks, creation, elementwise, linalg, masked, overlap, reductions, shaping
 from shmarray.ops.gather import is_traced
 from shmarray.ops.table import ROWS
@@ -128,8 +128,17 @@ class Array(Handle):
         self._set_part("imag", value)
 
     def _part(self, which: int) -> Any:
+        name = "imag" if which else "real"
         if self._storage is None or self._layout is None:
-            return elementwise.apply("imag" if which else "real", self)
+            if not is_linking():
+                return elementwise.apply(name, self)
+
+            def refuse(node: Expr, values: Expr) -> Expr:
+                raise TypeError(
+                    f"writing the {name} part of an array in a step of iterate(), at {user_line()}: write the whole of it, v + 1j * w"
+                )
+
+            return wrap_linked(Link(self, lambda node: elementwise.apply(name, wrap(node)).node, refuse), self.chunks)
         half = np.empty(0, self.dtype).real.dtype
         layout = Layout(self._layout.offset + which * half.itemsize, self.shape, self._layout.strides, half)
         return wrap_stored(self._storage, layout, self.chunks, live=self._live)

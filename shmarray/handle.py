@@ -31,6 +31,7 @@ __all__ = [
     "in_memory",
     "is_linking",
     "linking",
+    "note_values",
     "refuse_masked",
     "register",
     "value_of",
@@ -41,22 +42,36 @@ __all__ = [
 
 _factory: list[type[Handle]] = []
 _held: weakref.WeakValueDictionary[int, Held] = weakref.WeakValueDictionary()
-_is_linking: ContextVar[bool] = ContextVar("shmarray_is_linking", default=False)
+Looked = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+_looked_at: ContextVar[Looked | None] = ContextVar("shmarray_looked_at", default=None)
 
 
 @contextmanager
-def linking() -> Iterator[None]:
-    """Have views of expressions that are made inside be linked to these: for code written for arrays that have memory."""
-    token = _is_linking.set(True)
+def linking() -> Iterator[Looked]:
+    """Have views of expressions that are made inside be linked to these: for code written for arrays that have memory.
+
+    Gives a list of the NumPy arrays whose values are part of what was made, each with a copy (`note_values`).
+    """
+    looked: Looked = []
+    token = _looked_at.set(looked)
     try:
-        yield
+        yield looked
     finally:
-        _is_linking.reset(token)
+        _looked_at.reset(token)
 
 
 def is_linking() -> bool:
     """Whether views of expressions are linked to these here."""
-    return _is_linking.get()
+    return _looked_at.get() is not None
+
+
+def note_values(value: Any) -> None:
+    """Note that values of an array of NumPy's are looked at here, once, by code that is called once for many times."""
+    looked = _looked_at.get()
+    if isinstance(value, Handle) and value._storage is None and isinstance(value.node, InMemory):
+        value = value.node.held.array
+    if looked is not None and isinstance(value, np.ndarray):
+        looked.append((value, value.copy()))
 
 
 @dataclass(frozen=True, slots=True)

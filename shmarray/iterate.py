@@ -30,7 +30,7 @@ from scheduler.task import ARENA, Address, LockRequest, Outcome, Plan, Report
 from shmarray.chunks import Chunks, default_chunks
 from shmarray.compute import check_inputs, current_pool, run, warn
 from shmarray.config import config
-from shmarray.errors import MemoryBudgetError
+from shmarray.errors import ChangedInput, MemoryBudgetError
 from shmarray.expr import Expr, InMemory, Stored, make, postorder, user_line
 from shmarray.handle import Handle, as_handle, in_memory, linking, wrap, wrap_stored
 from shmarray.ops.random import stepped
@@ -297,7 +297,7 @@ class _Loop:
 
         before = [_whole(role) for role in self.roles]
         slots = dict(zip(self.values.names, (wrap(_whole(role)) for role in self.slots[1:]), strict=True))
-        with stepped(_whole(self.slots[0])), linking():
+        with stepped(_whole(self.slots[0])), linking() as self.looked:
             given = step(*arrays(before), **slots)
             results = given if isinstance(given, (tuple, list)) else (given,)
             if len(results) != len(before):
@@ -322,6 +322,16 @@ class _Loop:
                         f"abs(new - old).max() < 1e-6"
                     )
                 self.looks.append(look.node)
+        self._check_looked("the step itself, afterwards,")
+
+    def _check_looked(self, who: str) -> None:
+        """Raise ChangedInput where an array whose values are part of the step has others now."""
+        for array, before in self.looked:
+            if not np.array_equal(array, before):
+                raise ChangedInput(
+                    f"iterate() at {self.line}: {who} wrote an array of shape {array.shape}, {array.dtype}, with which the step picks or "
+                    f"assigns: where that is was found when the step was traced. Make it part of the state, or begin a new iterate()."
+                )
 
     def _checked(self, k: int, result: Any) -> Expr:
         role = self.roles[k]
@@ -515,6 +525,8 @@ class _Loop:
                 self.is_copied = False  # it may have written what the step reads
             if is_enough:
                 break
+            if callback is not None and done != steps:
+                self._check_looked(f"the callback after step {start + done}")
         watch.end(done, self._values)
         return self._state()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shmarray.handle import Chosen, Handle, as_handle, is_linking, value_of
+from shmarray.handle import Chosen, Handle, as_handle, is_linking, note_values, value_of
 from shmarray.ops import elementwise, reductions
 from shmarray.ops.gather import is_traced
 from shmarray.ops.shaping import broadcast_to, reshape, take, view_of
@@ -78,6 +78,7 @@ class Selection(Chosen, np.lib.mixins.NDArrayOperatorsMixin):
         if x.shape[cut] == 1:
             return x[(*(slice(None),) * cut, 0, *(None,) * self.picked.ndim)]
         if not is_traced(self.picked):
+            note_values(self.picked)
             known = np.asarray(self.picked)
             if x.shape[cut] == np.count_nonzero(known):  # each goes to its place; any to those that are not picked
                 places = np.maximum(np.cumsum(known) - 1, 0).reshape(known.shape)
@@ -223,6 +224,8 @@ def assign(x: Any, key: Any, value: Any) -> bool:
         return False
     if isinstance(value, Selection):
         raise TypeError(f"assigning elements that a mask picks elsewhere than at that mask {_WHY}")
+    for part in parts:
+        note_values(part)
     known = tuple(np.asarray(p) if isinstance(p, Handle) else p for p in parts)
     # Which of the values each element gets: as NumPy has it, the last where there are several.
     source = np.full(x.shape, -1, np.int64)

@@ -17,7 +17,7 @@ import numpy as np
 from shmarray.chunks import Chunks
 from shmarray.dtypes import cast_dtype
 from shmarray.expr import Assemble, Expr, Reshape, View, make, user_line
-from shmarray.handle import Handle, Link, as_handle, is_linking, value_of, wrap, wrap_linked, wrap_stored
+from shmarray.handle import Handle, Link, as_handle, is_linking, note_values, value_of, wrap, wrap_linked, wrap_stored
 from shmarray.ops.elementwise import cast
 from shmarray.ops.gather import gather, is_traced, pick, spilling_pool, tracing_pool
 from shmarray.region import IndexMap, axis_tuple, broadcast_shape, identity_map, index_map, reshape_strides, resolve_shape
@@ -140,6 +140,7 @@ def _picked(x: Any, key: Any) -> Any:
     if any(isinstance(p, (bool, np.bool_)) for p in parts) or any(parts[k].dtype.kind == "b" for k in at):
         return None  # how many a mask picks is not known
     for k in at:
+        note_values(parts[k])
         if parts[k].dtype.kind not in "iu":
             raise IndexError(f"arrays used as indices must be of integer (or boolean) type, this one is of {parts[k].dtype}: i.astype(int)")
     numbers = [k for k, p in enumerate(parts) if k in at or isinstance(p, (int, np.integer))]
@@ -179,6 +180,7 @@ def _rows_of(x: Any, key: Any) -> tuple[Any, NDArray, int] | None:
     if len(at) != 1 or any(not isinstance(p, slice) and p is not Ellipsis for k, p in enumerate(parts) if k != at[0]):
         return None
     index = parts[at[0]]
+    note_values(index)
     if index.ndim == 0 or index.dtype.kind not in "iub" or (index.dtype.kind == "b" and index.ndim > 1):
         return None
     dots = [k for k, p in enumerate(parts) if p is Ellipsis]

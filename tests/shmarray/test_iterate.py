@@ -928,6 +928,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "read-only": (lambda: sa.iterate(broadcast_written, np.zeros(3), steps=1), ValueError, "assignment destination is read-only"),
     "reshaped slice": (lambda: sa.iterate(reshaped_slice_written, np.zeros(9), steps=1), TypeError, "reshaped slice or transpose"),
     "picked": (lambda: sa.iterate(lambda u: u[u > 0], np.zeros(3), steps=1), TypeError, "elements that a mask picks"),
+    "real part": (lambda: sa.iterate(lambda u: u.real.__setitem__(0, 7.0), np.zeros(3, complex), steps=1), TypeError, "the real part of"),
     "stored": (lambda: stored_written(sa.zeros(3).persist()), TypeError, r"writing into stored arrays but a copy\(\)"),
     "persist": (lambda: sa.iterate(lambda u: (u + 1).persist(), np.zeros(3), steps=1), TypeError, "no values"),
     "nested": (lambda: sa.iterate(lambda u: sa.iterate(heat, u, steps=2), np.zeros(3), steps=1), TypeError, "no values"),

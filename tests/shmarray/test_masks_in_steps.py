@@ -270,6 +270,43 @@ def test_masks_are_one_kernel_and_block_by_block(monkeypatch: pytest.MonkeyPatch
     assert set(blocks) == {10}
 
 
+@pytest.mark.parametrize("by", ["callback", "step"])
+def test_whoever_changes_an_array_that_says_where_is_told(by: str) -> None:
+    places = np.array([1, 3])
+
+    def step(u: Any) -> Any:
+        v = u.copy()
+        v[places] = u[places[::-1]] + 1
+        if by == "step":
+            places[0] = 2
+        return v
+
+    def callback(frame: Any) -> None:
+        if by == "callback":
+            places[0] = 2
+
+    with pytest.raises(sa.ChangedInput, match=rf"{by}.* wrote an array of shape \(2,\), int64"):
+        sa.iterate(step, np.arange(5.0), steps=4, every=2, callback=callback)
+    places[0] = 1
+    if by == "callback":  # after the last step it is nobody's business
+        sa.iterate(step, np.arange(5.0), steps=2, every=2, callback=callback)
+
+
+def test_masks_that_values_are_counted_for_are_told_of_too() -> None:
+    mask = np.array([[True, False], [True, True]])
+
+    def step(u: Any) -> Any:
+        v = u.copy()
+        v[mask] += np.arange(3.0)
+        return v
+
+    def callback(frame: Any) -> None:
+        mask[0] = mask[0, ::-1].copy()
+
+    with pytest.raises(sa.ChangedInput, match="callback after step 1 wrote"):
+        sa.iterate(step, np.zeros((2, 2)), steps=4, callback=callback)
+
+
 def test_warnings_are_of_what_is_picked_alone() -> None:
     def step(u: Any) -> Any:
         v = u.copy()
