@@ -201,6 +201,11 @@ class Pool:
             f"spill_directory to a directory on a disk."
         )
 
+    def has_room(self, nbytes: int) -> bool:
+        """Return whether an array of that size would lie in memory now, and leave room for temporaries beside it."""
+        limit = self.budget.limit_nbytes
+        return self.extents.statistics().live_nbytes + nbytes <= limit - limit // RESERVED_SHARE
+
     def _drain_spill(self) -> None:
         """Give the disk back what was spilled and is no more: only a call of ours finds out."""
         if self._spill_extents is not None:

@@ -414,12 +414,19 @@ class _Loop:
         self.is_reached = True
         if self.pool.is_driver_reachable:
             run([in_memory(np.zeros(1))], [Target((1,), np.dtype(float))], "processes", self.pool)  # finds out
-        if self.pool.is_driver_reachable:  # else there is no other way than copies, whatever they take
+        may_stay = self.pool.is_driver_reachable  # else there is no other way than copies, whatever they take
+        if may_stay:
             self.outside = [n for n in self.outside if not _is_broadcast(n)]
-        copies = [Storage(self.pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype)) for n in self.outside]
-        if self.pool.is_driver_reachable and any(copy.is_spilled for copy in copies):
-            return
-        self.copies = copies
+            if not self.pool.has_room(sum(n.size * n.dtype.itemsize for n in self.outside)):
+                return  # without asking for it: where nothing is spilled that is an error, elsewhere it would be taken from the disk
+        try:
+            self.copies = [
+                Storage(self.pool, n.shape, n.dtype, default_chunks(n.shape, n.dtype), may_spill=not may_stay) for n in self.outside
+            ]
+        except MemoryBudgetError:
+            if may_stay:  # another thread has taken it
+                return
+            raise
         new: dict[Expr, Expr] = {
             node: make(Stored, copy.shape, copy.dtype, copy, 0, copy.layout.strides, None)
             for node, copy in zip(self.outside, self.copies, strict=True)

@@ -423,6 +423,17 @@ def test_constants_in_the_spill_file_are_read(tmp_path: Any) -> None:
                 np.testing.assert_array_equal(found, loop(lambda u: u * 0.5 + (x + round(offset))[:1000], np.zeros(1000), steps=5))
 
 
+def test_numpy_arrays_too_large_to_be_copied_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Where nothing can be spilled as well; elsewhere no room on the disk is reserved for a copy."""
+    x = values(1_600_000)
+    whole = sa.asarray(x)
+    expected = loop(lambda u: 0.5 * u + x[:100], np.zeros(100), steps=5)
+    for directory in ("off", tmp_path):
+        with sa.Pool(workers=2, memory_limit="12MiB", spill_directory=directory) as pool, sa.config.set(scheduler="processes"):
+            monkeypatch.setattr(pool, "allocate_spilled", None)  # not called
+            np.testing.assert_array_equal(sa.iterate(lambda u: 0.5 * u + whole[:100], np.zeros(100), steps=5), expected)
+
+
 # -------------------------------------------------------------------------------------------------- constants, scalars
 
 
