@@ -450,7 +450,10 @@ def _room(entry: _Entry, n: int) -> NDArray:
         return np.empty(entry.shape, entry.dtype)
     # NumPy's has huge pages: to write a few rows of a large array would be to clear many times as much.
     nbytes = math.prod(entry.shape) * entry.dtype.itemsize
-    memory = mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # NumPy raises MemoryError, and says how much
+        return np.empty(entry.shape, entry.dtype)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.ndarray(entry.shape, entry.dtype, memory)
