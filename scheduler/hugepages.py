@@ -53,21 +53,25 @@ link.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, root.to_bytes(4, 
 
 _mutex = threading.Lock()
 _root: int | None = None  # of the file system, once it is mounted; a forked child uses its parent's
+_device: int | None = None  # what it is; who becomes a daemon closes all descriptors, and its number is another file's then
 _why_none: str | None = None  # why there is none; not tried again
 
 
 def huge_file() -> int | None:
     """Return a descriptor of a new, empty memory file; None where there are none of huge pages."""
-    global _root, _why_none
+    global _root, _device, _why_none
     with _mutex:
         if _root is None and _why_none is None:
             try:
                 _root = _mount()
+                _device = os.fstat(_root).st_dev
             except OSError as error:
                 _why_none = str(error)
         if _root is None:
             return None
         try:
+            if os.fstat(_root).st_dev != _device:
+                return None
             name = f"shmarray.{os.getpid()}"  # what /proc shows of it, without that it is deleted
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=_root)
             os.unlink(name, dir_fd=_root)
@@ -91,6 +95,8 @@ def _mount() -> int:
     for path, forbidden in _FORBIDDING:
         if _line(path) == forbidden:
             raise OSError(f"{path}: {forbidden}")
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise OSError("this program is not a Python interpreter, and names none")
     near, far = socket.socketpair()
     with near, far:
         near.settimeout(LONGEST_MOUNT_S)
@@ -100,6 +106,7 @@ def _mount() -> int:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[far.fileno()],
+            env={**os.environ, HUGE_FILES: "0"},  # if it is another program with us in it, it does not start yet another
             start_new_session=True,  # Ctrl-C is for this process
         ) as child:
             far.close()

@@ -27,6 +27,7 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not asked yet."""
     monkeypatch.delenv(hugepages.HUGE_FILES, raising=False)
     monkeypatch.setattr(hugepages, "_root", None)
+    monkeypatch.setattr(hugepages, "_device", None)
     monkeypatch.setattr(hugepages, "_why_none", None)
     yield
     if hugepages._root is not None:
@@ -40,6 +41,11 @@ def file(anew: None) -> Iterator[int]:
         pytest.skip(f"no memory files of huge pages here: {hugepages.why_none()}")
     yield fd
     os.close(fd)
+
+
+def children() -> list[psutil.Process]:
+    """Return the processes that mount for this one, beside workers of other tests."""
+    return [child for child in psutil.Process().children() if "scheduler.worker" not in child.cmdline()]
 
 
 def huge_nbytes(array: Any) -> int:
@@ -81,7 +87,7 @@ def test_files_are_private_without_names_and_of_any_size(file: int) -> None:
 
 
 def test_the_file_system_is_mounted_once_and_nobody_stays(anew: None, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not psutil.Process().children()
+    assert not children()
     monkeypatch.setattr(hugepages, "_mount", None)  # not called again
 
     again = hugepages.huge_file()
@@ -96,6 +102,11 @@ def test_a_forked_child_makes_its_own(file: int) -> None:
         mine = hugepages.huge_file()
         os._exit(mine is None or os.fstat(mine).st_ino == os.fstat(file).st_ino)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def _never(folder: Path) -> str:
+    (folder / "shmem_enabled").write_text("always within_size advise [never] deny force")
+    return str(folder / "shmem_enabled")
 
 
 FAILING = {
@@ -114,11 +125,12 @@ def test_where_mounting_fails_arenas_are_sealed_memfds(anew: None, file: int, mo
     monkeypatch.setattr(hugepages, "_root", None)
     monkeypatch.setattr(hugepages, "_MOUNT", program)
     monkeypatch.setattr(hugepages, "LONGEST_MOUNT_S", 0.2 if how == "hangs" else 60.0)
+    gc.collect()  # of pools of other tests
     before = len(os.listdir("/proc/self/fd"))
 
     arena = Arena(16 * MIB)
 
-    assert said in str(hugepages.why_none()) and not psutil.Process().children()
+    assert said in str(hugepages.why_none()) and not children()
     assert os.readlink(f"/proc/self/fd/{arena.fd}").startswith("/memfd:shmarray")
     with pytest.raises(PermissionError):
         os.ftruncate(arena.fd, MIB)
@@ -160,6 +172,49 @@ def test_they_can_be_switched_off(anew: None, monkeypatch: pytest.MonkeyPatch, t
 
     assert hugepages.huge_file() is None
     assert hugepages.HUGE_FILES in str(hugepages.why_none())
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("executable", None), ("executable", ""), ("frozen", True)])
+def test_a_program_that_is_not_an_interpreter_is_not_started(
+    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attribute: str, value: Any
+) -> None:
+    monkeypatch.setattr(hugepages, "_SETTING", _never(tmp_path))
+    monkeypatch.setattr(hugepages, "_FORBIDDING", ())
+    monkeypatch.setattr(sys, attribute, value, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", None)
+
+    assert hugepages.huge_file() is None
+    assert "not a Python interpreter" in str(hugepages.why_none())
+
+
+def test_what_is_started_to_mount_starts_no_other(anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where ``sys.executable`` is the program that Python is embedded in, that would go on for ever."""
+    monkeypatch.setattr(hugepages, "_SETTING", _never(tmp_path))
+    monkeypatch.setattr(hugepages, "_FORBIDDING", ())
+    monkeypatch.setattr(hugepages, "_MOUNT", f"import os, sys; sys.exit('it has ' + os.environ.get('{hugepages.HUGE_FILES}', 'nothing'))")
+    monkeypatch.setattr(hugepages, "LONGEST_MOUNT_S", 60.0)
+
+    assert hugepages.huge_file() is None
+    assert "it has 0" in str(hugepages.why_none())
+
+
+def test_no_file_is_made_where_another_directory_has_the_number(file: int, tmp_path: Path) -> None:
+    """As in a daemon, which has closed all that was open."""
+    root = hugepages._root
+    assert root is not None
+    kept, other = os.dup(root), os.open(tmp_path, os.O_RDONLY)
+    try:
+        os.dup2(other, root, inheritable=False)
+        found = hugepages.huge_file()
+    finally:
+        os.dup2(kept, root, inheritable=False)
+        os.close(kept)
+        os.close(other)
+
+    assert found is None
+    again = hugepages.huge_file()
+    assert again is not None
+    os.close(again)
 
 
 def test_what_a_child_of_a_fork_writes_stays_its_own(file: int) -> None:
