@@ -326,6 +326,10 @@ class Table:
         if self.words[_TOKEN + token] == nonce << 1 | 1:
             self._set(_TOKEN + token, nonce << 1)
 
+    def forget_spare(self) -> None:
+        """Forget what an earlier `sweep` left, as after it the lock was let go of: Ctrl-C can strike before `allocate` takes it."""
+        self._spare = -1
+
     def drop(self, row: int, obj: int) -> None:
         """Let go of an object. Without the lock."""
         self._hold(row, obj, 0)

@@ -241,6 +241,7 @@ class Segment:
             try:
                 self._inside = True
                 self._take_turn()
+                self.table.forget_spare()
                 if self.row < 0:
                     self._register()
                 done = do()

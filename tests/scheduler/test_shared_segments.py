@@ -207,6 +207,31 @@ def test_what_was_let_go_of_and_interrupted_leaves_the_number_to_the_next(segmen
     assert after.number == number and segment.table.holders(number) == [segment.row]
 
 
+def test_what_an_interrupted_allocation_left_to_be_used_is_not_taken_later(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may have it by then; journals allocate without a sweep, which would look again."""
+    nbytes = 100_000
+    number = segment.allocate(nbytes).number  # dropped at once
+
+    def strike(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(segment.table, "allocate", strike)
+        segment.allocate(nbytes)
+
+    def take(file: Any) -> None:
+        lease = segment.allocate(nbytes)
+        file.write(lease.number.to_bytes(8, "little"))
+        signal.pause()
+
+    with child(take) as (_, file):
+        assert int.from_bytes(file.read(8), "little") == number
+        length = segment.table.extent(number)[1]
+        mine = segment._locked(lambda: segment.table.allocate(segment.row, length, nbytes))[0]
+        segment.table.drop(segment.row, mine)
+    assert mine != number
+
+
 def test_a_child_of_a_child_is_reached_when_all_before_it_ended(segment: Segment) -> None:
     def act(file: Any) -> None:
         lease = make(3)
