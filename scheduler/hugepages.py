@@ -51,7 +51,8 @@ link = _socket.socket(fileno=int(sys.argv[1]))
 link.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, root.to_bytes(4, sys.byteorder))])
 """
 
-_mutex = threading.Lock()
+_mutex = threading.RLock()
+_is_mounting = False  # a signal handler that comes in meanwhile does without
 _root: int | None = None  # of the file system, once it is mounted; a forked child uses its parent's
 _device: int | None = None  # what it is; who becomes a daemon closes all descriptors, and its number is another file's then
 _why_none: str | None = None  # why there is none; not tried again
@@ -59,14 +60,17 @@ _why_none: str | None = None  # why there is none; not tried again
 
 def huge_file() -> int | None:
     """Return a descriptor of a new, empty memory file; None where there are none of huge pages."""
-    global _root, _device, _why_none
+    global _root, _device, _why_none, _is_mounting
     with _mutex:
-        if _root is None and _why_none is None:
+        if _root is None and _why_none is None and not _is_mounting:
+            _is_mounting = True
             try:
                 _root = _mount()
                 _device = os.fstat(_root).st_dev
             except OSError as error:
                 _why_none = str(error)
+            finally:
+                _is_mounting = False
         if _root is None:
             return None
         try:
@@ -131,8 +135,8 @@ def _line(path: str) -> str:
 
 
 def _start_anew() -> None:
-    global _mutex
-    _mutex = threading.Lock()  # a thread that is not here may have it
+    global _mutex, _is_mounting
+    _mutex, _is_mounting = threading.RLock(), False  # a thread that is not here may have it
 
 
 os.register_at_fork(after_in_child=_start_anew)

@@ -96,6 +96,20 @@ def test_the_file_system_is_mounted_once_and_nobody_stays(anew: None, file: int,
     os.close(again)
 
 
+@pytest.mark.timeout(30)
+def test_a_signal_handler_that_asks_meanwhile_does_without(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def mount() -> int:
+        found.append(hugepages.huge_file())
+        raise OSError("later")
+
+    monkeypatch.setattr(hugepages, "_mount", mount)
+
+    assert hugepages.huge_file() is None and found == [None]
+    assert hugepages.why_none() == "later"
+
+
 def test_a_forked_child_makes_its_own(file: int) -> None:
     pid = os.fork()
     if pid == 0:
