@@ -23,19 +23,19 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a process that has not asked yet."""
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """As in a process that has not asked yet. Gives the processes that other tests have left for later."""
     monkeypatch.delenv(hugepages.HUGE_FILES, raising=False)
     monkeypatch.setattr(hugepages, "_root", None)
     monkeypatch.setattr(hugepages, "_device", None)
     monkeypatch.setattr(hugepages, "_why_none", None)
-    yield
+    yield children()
     if hugepages._root is not None:
         os.close(hugepages._root)
 
 
 @pytest.fixture
-def file(anew: None) -> Iterator[int]:
+def file(anew: set[int]) -> Iterator[int]:
     fd = hugepages.huge_file()
     if fd is None:
         pytest.skip(f"no memory files of huge pages here: {hugepages.why_none()}")
@@ -43,9 +43,8 @@ def file(anew: None) -> Iterator[int]:
     os.close(fd)
 
 
-def children() -> list[psutil.Process]:
-    """Return the processes that mount for this one, beside workers of other tests."""
-    return [child for child in psutil.Process().children() if "scheduler.worker" not in child.cmdline()]
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
 
 
 def huge_nbytes(array: Any) -> int:
@@ -86,8 +85,8 @@ def test_files_are_private_without_names_and_of_any_size(file: int) -> None:
     assert os.fstatvfs(file).f_blocks == 0, "a limit of its own would be a SIGBUS where it ends"
 
 
-def test_the_file_system_is_mounted_once_and_nobody_stays(anew: None, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not children()
+def test_the_file_system_is_mounted_once_and_nobody_stays(anew: set[int], file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert children() <= anew
     monkeypatch.setattr(hugepages, "_mount", None)  # not called again
 
     again = hugepages.huge_file()
@@ -97,7 +96,7 @@ def test_the_file_system_is_mounted_once_and_nobody_stays(anew: None, file: int,
 
 
 @pytest.mark.timeout(30)
-def test_a_signal_handler_that_asks_meanwhile_does_without(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_handler_that_asks_meanwhile_does_without(anew: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 
     def mount() -> int:
@@ -132,7 +131,7 @@ FAILING = {
 
 
 @pytest.mark.parametrize("how", FAILING)
-def test_where_mounting_fails_arenas_are_sealed_memfds(anew: None, file: int, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_where_mounting_fails_arenas_are_sealed_memfds(anew: set[int], file: int, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     program, said = FAILING[how]
     assert hugepages._root is not None
     os.close(hugepages._root)
@@ -144,7 +143,7 @@ def test_where_mounting_fails_arenas_are_sealed_memfds(anew: None, file: int, mo
 
     arena = Arena(16 * MIB)
 
-    assert said in str(hugepages.why_none()) and not children()
+    assert said in str(hugepages.why_none()) and children() <= anew
     assert os.readlink(f"/proc/self/fd/{arena.fd}").startswith("/memfd:shmarray")
     with pytest.raises(PermissionError):
         os.ftruncate(arena.fd, MIB)
@@ -158,7 +157,7 @@ def test_where_mounting_fails_arenas_are_sealed_memfds(anew: None, file: int, mo
 
 @pytest.mark.parametrize("setting", ["always within_size advise never deny [force]", "always within_size [advise] never deny force", ""])
 def test_where_a_memfd_has_them_or_nothing_may_there_is_no_mounting(
-    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str
+    anew: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str
 ) -> None:
     (tmp_path / "shmem_enabled").write_text(setting)
     monkeypatch.setattr(hugepages, "_SETTING", str(tmp_path / "shmem_enabled"))
@@ -168,7 +167,7 @@ def test_where_a_memfd_has_them_or_nothing_may_there_is_no_mounting(
     assert (setting.partition("[")[2].partition("]")[0] or "unknown") in str(hugepages.why_none())
 
 
-def test_what_says_that_it_is_forbidden_is_asked_first(anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_says_that_it_is_forbidden_is_asked_first(anew: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "never").write_text("[never]")
     (tmp_path / "max_user_namespaces").write_text("0\n")
     monkeypatch.setattr(hugepages, "_SETTING", str(tmp_path / "never"))
@@ -179,7 +178,7 @@ def test_what_says_that_it_is_forbidden_is_asked_first(anew: None, monkeypatch: 
     assert "max_user_namespaces: 0" in str(hugepages.why_none())
 
 
-def test_they_can_be_switched_off(anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_they_can_be_switched_off(anew: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "never").write_text("[never]")
     monkeypatch.setattr(hugepages, "_SETTING", str(tmp_path / "never"))
     monkeypatch.setenv(hugepages.HUGE_FILES, "0")
@@ -190,7 +189,7 @@ def test_they_can_be_switched_off(anew: None, monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize(("attribute", "value"), [("executable", None), ("executable", ""), ("frozen", True)])
 def test_a_program_that_is_not_an_interpreter_is_not_started(
-    anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attribute: str, value: Any
+    anew: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attribute: str, value: Any
 ) -> None:
     monkeypatch.setattr(hugepages, "_SETTING", _never(tmp_path))
     monkeypatch.setattr(hugepages, "_FORBIDDING", ())
@@ -201,7 +200,7 @@ def test_a_program_that_is_not_an_interpreter_is_not_started(
     assert "not a Python interpreter" in str(hugepages.why_none())
 
 
-def test_what_is_started_to_mount_starts_no_other(anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_started_to_mount_starts_no_other(anew: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where ``sys.executable`` is the program that Python is embedded in, that would go on for ever."""
     monkeypatch.setattr(hugepages, "_SETTING", _never(tmp_path))
     monkeypatch.setattr(hugepages, "_FORBIDDING", ())
