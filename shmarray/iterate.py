@@ -416,7 +416,8 @@ class _Loop:
             run([in_memory(np.zeros(1))], [Target((1,), np.dtype(float))], "processes", self.pool)  # finds out
         may_stay = self.pool.is_driver_reachable  # else there is no other way than copies, whatever they take
         if may_stay:
-            self.outside = [n for n in self.outside if not _is_broadcast(n)]
+            most = sum(role.nbytes for role in self.roles)  # of a larger one a step looks at parts, or it costs more than the state
+            self.outside = [n for n in self.outside if not _is_broadcast(n) and n.size * n.dtype.itemsize <= most]
             if not self.pool.has_room(sum(n.size * n.dtype.itemsize for n in self.outside)):
                 return  # without asking for it: where nothing is spilled that is an error, elsewhere it would be taken from the disk
         try:
@@ -579,7 +580,7 @@ class _Loop:
             if not self.is_copied:
                 for node, copy in zip(self.outside, self.copies, strict=False):
                     copy.fill(copy.layout, node.held.array if isinstance(node, InMemory) else node.storage.read(Layout.of(node)))
-                self.is_copied = bool(self.copies)
+                self.is_copied = bool(self.copies) and not self.values.are_called
             for storage in self.fields:
                 storage.check_whole(storage.layout)
             begun: list[Storage] = []
@@ -697,6 +698,7 @@ class _Scalars:
     def __init__(self, given: Mapping[str, Any], kind: np.dtype[Any], start: int) -> None:
         self.names = tuple(given)
         self.given = tuple(given.values())
+        self.are_called = any(callable(value) for value in self.given)  # by whoever may write what a step reads
         self.dtypes = [np.dtype(np.int64)]
         for name, value in given.items():
             if not callable(value) and np.ndim(value) != 1:

@@ -55,7 +55,7 @@ FRESH_S = 0.2  # for which a reader waits to be served
 CONSISTENT_S = 5.0  # for which it waits for cells of one step
 TORN_S = 5.0  # for which it waits for a cell to be whole whose writer lives
 LATELY_S = 1.0  # somebody who asked so long ago is taken to ask again
-LOOK_FOR_DRIVER_S = 0.02
+LOOK_FOR_DRIVER_S = 0.1
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.0001, 0.002
 
 
@@ -477,7 +477,7 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
         np.frombuffer(lock.wanted, np.uint8)[cells] = 1
     board.header[_ASKED] = now_ns = time.monotonic_ns()  # last: who sees it sees what is wanted
     until_s = now_ns / 1e9 + FRESH_S
-    pause_s, look_s = SHORTEST_POLL_S, 0.0
+    pause_s, look_s = SHORTEST_POLL_S, now_ns / 1e9 + LOOK_FOR_DRIVER_S
     while True:
         if all(
             lock.sequences[cell] != old and not lock.sequences[cell] & 1
@@ -488,15 +488,14 @@ def _wait_for_news(board: _Board, wanted: Sequence[tuple[Seqlocks, NDArray]]) ->
         now_s = time.monotonic()
         if board.is_over() or now_s > until_s:
             return True
-        due_s = board.header[_DUE] / 1e9
-        if now_s < due_s:  # nothing will come before
-            time.sleep(min(due_s, until_s) - now_s)
-            continue
-        look_s = look_s or now_s + LOOK_FOR_DRIVER_S
         if now_s > look_s:
             look_s = now_s + LOOK_FOR_DRIVER_S
             if not board.has_driver():
                 return False
+        due_s = board.header[_DUE] / 1e9
+        if now_s < due_s:  # nothing will come before
+            time.sleep(min(due_s, until_s, look_s) - now_s + SHORTEST_POLL_S)
+            continue
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, LONGEST_POLL_S)
 
