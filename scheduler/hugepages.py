@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 
-__all__ = ["HUGE_FILES", "huge_file", "why_none"]
+__all__ = ["HUGE_FILES", "first_line", "huge_file", "why_none"]
 
 HUGE_FILES = "SHMARRAY_HUGE_FILES"  # an environment variable: with "0" all is as where they cannot be had, for tests and doubts
 LONGEST_MOUNT_S = 5.0
@@ -91,13 +91,13 @@ def why_none() -> str | None:
 
 def _mount() -> int:
     """Return a descriptor of the root of a new file system; raise OSError where that cannot be."""
-    chosen = _line(_SETTING).partition("[")[2].partition("]")[0]
+    chosen = first_line(_SETTING).partition("[")[2].partition("]")[0]
     if chosen != "never":  # else a memfd has them where it may
         raise OSError(f"shmem_enabled: {chosen or 'unknown'}")
     if os.environ.get(HUGE_FILES) == "0":
         raise OSError(f"switched off by {HUGE_FILES}")
     for path, forbidden in _FORBIDDING:
-        if _line(path) == forbidden:
+        if first_line(path) == forbidden:
             raise OSError(f"{path}: {forbidden}")
     if not sys.executable or getattr(sys, "frozen", False):
         raise OSError("this program is not a Python interpreter, and names none")
@@ -126,7 +126,8 @@ def _mount() -> int:
     return int.from_bytes(received[0][2][:4], sys.byteorder)
 
 
-def _line(path: str) -> str:
+def first_line(path: str) -> str:
+    """Return the first line of a file of the system's, or "" where there is none."""
     try:
         with open(path) as file:
             return file.readline().strip()

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from scheduler.hugepages import huge_file, why_none
+from scheduler.hugepages import first_line, huge_file, why_none
 from scheduler.limits import DEFAULT_SHARE, available_nbytes, cpu_count, format_bytes
 from scheduler.run import Pool
 from scheduler.segments import permit_workers
@@ -188,7 +188,7 @@ def _worker() -> _Found:
 
 def _process_vm() -> _Found:
     yama = "/proc/sys/kernel/yama/ptrace_scope"
-    scope = f"ptrace_scope {_line(yama)}" if os.path.exists(yama) else "no Yama"
+    scope = f"ptrace_scope {first_line(yama)}" if os.path.exists(yama) else "no Yama"
     if os.environ.get("SHMARRAY_NO_PROCESS_VM"):
         return DEGRADED, f"switched off by SHMARRAY_NO_PROCESS_VM; {scope}"
     permit_workers()
@@ -263,7 +263,7 @@ def _huge(mapping: mmap.mmap, field: str, setting: str) -> _Found:
                 inside = low <= at < high
             elif inside and word == field + ":":
                 nbytes = 1024 * int(rest.split()[0])
-    chosen = _line(f"/sys/kernel/mm/transparent_hugepage/{setting}").partition("[")[2].partition("]")[0]
+    chosen = first_line(f"/sys/kernel/mm/transparent_hugepage/{setting}").partition("[")[2].partition("]")[0]
     return (OK if nbytes else DEGRADED), f"{setting}: {chosen or 'unknown'}"
 
 
@@ -355,14 +355,6 @@ def _readable(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(1000 * PATIENCE_S))
-
-
-def _line(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.readline().strip()
-    except OSError:
-        return ""
 
 
 _THREADS = "without it there are no worker processes: threads are used. It needs "
