@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 
-__all__ = ["HUGE_FILES", "first_line", "huge_file", "why_none"]
+__all__ = ["HUGE_FILES", "chosen_of", "first_line", "huge_file", "why_none"]
 
 HUGE_FILES = "SHMARRAY_HUGE_FILES"  # an environment variable: with "0" all is as where they cannot be had, for tests and doubts
 LONGEST_MOUNT_S = 5.0
@@ -91,9 +91,9 @@ def why_none() -> str | None:
 
 def _mount() -> int:
     """Return a descriptor of the root of a new file system; raise OSError where that cannot be."""
-    chosen = first_line(_SETTING).partition("[")[2].partition("]")[0]
+    chosen = chosen_of(_SETTING)
     if chosen != "never":  # else a memfd has them where it may
-        raise OSError(f"shmem_enabled: {chosen or 'unknown'}")
+        raise OSError(f"shmem_enabled: {chosen}")
     if os.environ.get(HUGE_FILES) == "0":
         raise OSError(f"switched off by {HUGE_FILES}")
     for path, forbidden in _FORBIDDING:
@@ -133,6 +133,11 @@ def first_line(path: str) -> str:
             return file.readline().strip()
     except OSError:
         return ""
+
+
+def chosen_of(path: str) -> str:
+    """Return which of the values in a file such as ``always [madvise] never`` is chosen, or "unknown"."""
+    return first_line(path).partition("[")[2].partition("]")[0] or "unknown"
 
 
 def _start_anew() -> None:

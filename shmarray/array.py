@@ -26,7 +26,7 @@ from shmarray.ops import accumulators, blocks, creation, elementwise, linalg, ma
 from shmarray.ops.gather import is_traced
 from shmarray.ops.table import ROWS
 from shmarray.plan import Target
-from shmarray.region import broadcast_shape, index_map
+from shmarray.region import broadcast_shape, index_map, is_broadcast
 from shmarray.shared_memory import SharedArray, SharedStorage, allocate, stored, view_of_storage
 from shmarray.storage import Layout
 from shmarray.travel import pack, unpack
@@ -222,7 +222,7 @@ class Array(Handle):
             self._assign(elementwise.astype(wrap(node), self.dtype).node)
 
     def _check_writable(self) -> None:
-        if self._layout is not None and self.size and any(n > 1 and s == 0 for n, s in zip(self.shape, self._layout.strides, strict=True)):
+        if self._layout is not None and self.size and is_broadcast(self.shape, self._layout.strides):
             raise ValueError(f"assignment destination is read-only: shape {self.shape} is a broadcast, whose elements share memory")
 
     def persist(self, scheduler: str | None = None, progress: bool | None = None) -> Array:

@@ -45,6 +45,7 @@ __all__ = [
     "compute",
     "copied",
     "current_pool",
+    "fill",
     "goes_straight",
     "is_traced",
     "persist",
@@ -160,7 +161,7 @@ def new_stored(values: NDArray, chunks: Chunks) -> Any:
     if values.nbytes < AT_ONCE_NBYTES:
         storage.fill(storage.layout, values)
     else:
-        _copy(in_memory(values), storage)
+        fill(in_memory(values), storage)
     return wrap_stored(storage, storage.layout, chunks)
 
 
@@ -175,12 +176,13 @@ def copied(x: Handle) -> Any:
             source.save_windows()
             storage.fill(storage.layout, source.read(layout))
     else:
-        _copy(wrap_stored(source, layout, live=True).node, storage)  # of what is there when it is free to be read
+        fill(wrap_stored(source, layout, live=True).node, storage)  # of what is there when it is free to be read
     return wrap_stored(storage, storage.layout, x.chunks)
 
 
-def _copy(node: Expr, storage: Storage) -> None:
-    run([node], [Target(node.shape, node.dtype, storage=storage, layout=storage.layout, is_new=True)], None, storage.pool)
+def fill(node: Expr, storage: Storage, scheduler: str | None = None) -> None:
+    """Compute an expression into a new storage of its shape and dtype."""
+    run([node], [Target(node.shape, node.dtype, storage=storage, layout=storage.layout, is_new=True)], scheduler, storage.pool)
 
 
 def write(target: Handle, value: Expr, scheduler: str | None = None) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from scheduler.hugepages import first_line, huge_file, why_none
+from scheduler.hugepages import chosen_of, first_line, huge_file, why_none
 from scheduler.limits import DEFAULT_SHARE, available_nbytes, cpu_count, format_bytes
 from scheduler.run import Pool
 from scheduler.segments import permit_workers
@@ -263,8 +263,7 @@ def _huge(mapping: mmap.mmap, field: str, setting: str) -> _Found:
                 inside = low <= at < high
             elif inside and word == field + ":":
                 nbytes = 1024 * int(rest.split()[0])
-    chosen = first_line(f"/sys/kernel/mm/transparent_hugepage/{setting}").partition("[")[2].partition("]")[0]
-    return (OK if nbytes else DEGRADED), f"{setting}: {chosen or 'unknown'}"
+    return (OK if nbytes else DEGRADED), f"{setting}: {chosen_of(_HUGE + setting)}"
 
 
 # ---------------------------------------------------------------------------------------------------------- limits

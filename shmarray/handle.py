@@ -68,9 +68,11 @@ def is_linking() -> bool:
 def note_values(value: Any) -> None:
     """Note that values of an array of NumPy's are looked at here, once, by code that is called once for many times."""
     looked = _looked_at.get()
+    if looked is None:
+        return
     if isinstance(value, Handle) and value._storage is None and isinstance(value.node, InMemory):
         value = value.node.held.array
-    if looked is not None and isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray):
         looked.append((value, value.copy()))
 
 

@@ -28,7 +28,7 @@ from scheduler.repeat import Prepared, Step, chain, with_pickles
 from scheduler.run import TINY_NBYTES, Pool
 from scheduler.task import ARENA, Address, LockRequest, Outcome, Plan, Report
 from shmarray.chunks import Chunks, default_chunks
-from shmarray.compute import check_inputs, current_pool, run, warn
+from shmarray.compute import check_inputs, current_pool, fill, run, warn
 from shmarray.config import config
 from shmarray.errors import ChangedInput, MemoryBudgetError
 from shmarray.expr import Expr, InMemory, Stored, make, postorder, user_line
@@ -36,7 +36,7 @@ from shmarray.handle import Handle, as_handle, in_memory, linking, wrap, wrap_st
 from shmarray.ops.random import stepped
 from shmarray.optimise import substitute
 from shmarray.plan import Target, buffer_of, build_step, lock_requests
-from shmarray.region import c_strides
+from shmarray.region import c_strides, is_broadcast
 from shmarray.shared_memory import hold_all
 from shmarray.storage import Layout, Storage
 from shmarray.store import Store
@@ -220,11 +220,6 @@ def _check_outs(outs: tuple[Any, ...] | None, arrays: tuple[Any, ...]) -> None:
         for n, other in enumerate(outs[:k]):
             if place._storage is other._storage and place._storage.overlap(place._layout, other._layout):
                 raise ValueError(f"iterate(out=...): arrays {n} and {k} share memory, and cannot hold a field each")
-
-
-def _is_broadcast(node: InMemory | Stored) -> bool:
-    strides = node.held.array.strides if isinstance(node, InMemory) else node.strides
-    return any(n > 1 and stride == 0 for n, stride in zip(node.shape, strides, strict=True))
 
 
 def _is_whole(x: Any) -> bool:
@@ -417,8 +412,10 @@ class _Loop:
         may_stay = self.pool.is_driver_reachable  # else there is no other way than copies, whatever they take
         if may_stay:
             most = sum(role.nbytes for role in self.roles)  # of a larger one a step looks at parts, or it costs more than the state
-            self.outside = [n for n in self.outside if not _is_broadcast(n) and n.size * n.dtype.itemsize <= most]
-            if not self.pool.has_room(sum(n.size * n.dtype.itemsize for n in self.outside)):
+            nbytes = {n: n.size * n.dtype.itemsize for n in self.outside}
+            strides = {n: n.held.array.strides if isinstance(n, InMemory) else n.strides for n in self.outside}
+            self.outside = [n for n in self.outside if nbytes[n] <= most and not is_broadcast(n.shape, strides[n])]
+            if not self.pool.has_room(sum(nbytes[n] for n in self.outside)):
                 return  # without asking for it: where nothing is spilled that is an error, elsewhere it would be taken from the disk
         try:
             self.copies = [
@@ -447,7 +444,7 @@ class _Loop:
             return storage
         storage = self._allocate(x.shape, x.dtype, self.chunks[k])
         if x.size:
-            run([x.node], [Target(x.shape, x.dtype, storage=storage, layout=storage.layout, is_new=True)], self.scheduler, pool)
+            fill(x.node, storage, self.scheduler)
         return storage
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: Chunks) -> Storage:
@@ -556,7 +553,7 @@ class _Loop:
                 continue
             if source.identity in known:  # what lies in another field's place is taken away before that is written
                 source = Storage(self.pool, result.shape, result.dtype, result.chunks)
-                run([result.node], [Target(source.shape, source.dtype, storage=source, layout=source.layout, is_new=True)], None, self.pool)
+                fill(result.node, source)
                 mine.add(source.identity)
             is_exchanged = source.identity in mine and not source.is_spilled and _is_whole(place)
             if is_exchanged:

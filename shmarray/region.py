@@ -36,6 +36,11 @@ def full_box(shape: Sequence[int]) -> Box:
     return tuple(slice(0, n) for n in shape)
 
 
+def is_broadcast(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Return whether elements of an array share memory: an axis of several has stride 0."""
+    return any(n > 1 and stride == 0 for n, stride in zip(shape, strides, strict=True))
+
+
 def c_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     """Return the strides, in bytes, of a C-ordered array."""
     strides = []

@@ -28,7 +28,7 @@ from scheduler.run import Pool
 from scheduler.task import DRIVER, SPILL, Address, LockRequest
 from shmarray.chunks import Chunks
 from shmarray.errors import MemoryBudgetError, SpillError, TornChunkError
-from shmarray.region import Box, c_strides
+from shmarray.region import Box, c_strides, is_broadcast
 from shmarray.tiles import slab_sizes
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Storage:
         with self._mutex:
             if not self.is_spilled:
                 return self.array(layout), self.extent
-            if any(n > 1 and stride == 0 for n, stride in zip(layout.shape, layout.strides, strict=True)):
+            if is_broadcast(layout.shape, layout.strides):
                 raise ValueError(f"shape {layout.shape} is a broadcast, whose elements share memory, of an array in the spill file")
             self.save_windows()
             values = np.array(self.read(layout))

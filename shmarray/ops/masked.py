@@ -226,11 +226,12 @@ def assign(x: Any, key: Any, value: Any) -> bool:
         raise TypeError(f"assigning elements that a mask picks elsewhere than at that mask {_WHY}")
     for part in parts:
         note_values(part)
-    known = tuple(np.asarray(p) if isinstance(p, Handle) else p for p in parts)
+    known: Any = tuple(np.asarray(p) if isinstance(p, Handle) else p for p in parts)
+    known = known if isinstance(key, tuple) else known[0]
     # Which of the values each element gets: as NumPy has it, the last where there are several.
     source = np.full(x.shape, -1, np.int64)
-    taken = source[known if isinstance(key, tuple) else known[0]]  # raises what NumPy raises
-    source[known if isinstance(key, tuple) else known[0]] = np.arange(taken.size).reshape(taken.shape)
+    taken = source[known]  # raises what NumPy raises
+    source[known] = np.arange(taken.size).reshape(taken.shape)
     if np.ndim(value):
         values = broadcast_to(value, taken.shape)
         value = reshape(values, (-1,))[np.maximum(source, 0)] if taken.size else 0
@@ -247,8 +248,6 @@ def _overwrite(x: Any, mask: Any, value: Any) -> None:
 
 def _place(x: Any, key: Any) -> tuple[Any, Any, int] | None:
     """Return (view, mask, axes after its own) of a key of slices, one mask, and numbers beside it; None: it is another."""
-    if not is_linking():
-        return None
     parts = list(key) if isinstance(key, tuple) else [key]
     at = [k for k, p in enumerate(parts) if isinstance(p, (Handle, np.ndarray))]
     if len(at) != 1 or parts[at[0]].dtype != bool or not parts[at[0]].ndim or any(isinstance(p, (list, bool, np.bool_)) for p in parts):

@@ -140,7 +140,6 @@ def _picked(x: Any, key: Any) -> Any:
     if any(isinstance(p, (bool, np.bool_)) for p in parts) or any(parts[k].dtype.kind == "b" for k in at):
         return None  # how many a mask picks is not known
     for k in at:
-        note_values(parts[k])
         if parts[k].dtype.kind not in "iu":
             raise IndexError(f"arrays used as indices must be of integer (or boolean) type, this one is of {parts[k].dtype}: i.astype(int)")
     numbers = [k for k, p in enumerate(parts) if k in at or isinstance(p, (int, np.integer))]
@@ -180,7 +179,6 @@ def _rows_of(x: Any, key: Any) -> tuple[Any, NDArray, int] | None:
     if len(at) != 1 or any(not isinstance(p, slice) and p is not Ellipsis for k, p in enumerate(parts) if k != at[0]):
         return None
     index = parts[at[0]]
-    note_values(index)
     if index.ndim == 0 or index.dtype.kind not in "iub" or (index.dtype.kind == "b" and index.ndim > 1):
         return None
     dots = [k for k, p in enumerate(parts) if p is Ellipsis]
@@ -193,6 +191,7 @@ def _rows_of(x: Any, key: Any) -> tuple[Any, NDArray, int] | None:
 
 def _gathered(x: Any, index: NDArray, axis: int) -> Any:
     """Return ``x[..., index, ...]``, made block by block: of what is spilled a stored array, computed now; within a step an expression."""
+    note_values(index)
     like = np.broadcast_to(np.uint8(0), tuple(n if k == axis else 1 for k, n in enumerate(x.shape)))
     key: Any = (*(slice(None),) * axis, index)
     picked = like[key]  # raises what NumPy raises

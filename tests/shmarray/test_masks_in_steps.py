@@ -292,6 +292,21 @@ def test_whoever_changes_an_array_that_says_where_is_told(by: str) -> None:
         sa.iterate(step, np.arange(5.0), steps=2, every=2, callback=callback)
 
 
+def test_several_index_arrays_together_are_followed() -> None:
+    rows, columns = np.array([0, 1]), np.array([0, 1])
+
+    def step(u: Any) -> Any:
+        v = u.copy()
+        v[1, :2] = u[rows, columns]
+        return v
+
+    def callback(frame: Any) -> None:
+        rows[:] = 2
+
+    found = sa.iterate(step, np.arange(9.0).reshape(3, 3), steps=2, callback=callback)
+    np.testing.assert_array_equal(found, [[0, 1, 2], [6, 7, 5], [6, 7, 8]])
+
+
 def test_masks_that_values_are_counted_for_are_told_of_too() -> None:
     mask = np.array([[True, False], [True, True]])
 
